@@ -1,0 +1,120 @@
+"""Run folders with made-up results, for the tests of the table and the figures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+NUM_BLOCKS = 4
+MASKS = np.zeros((2, NUM_BLOCKS, NUM_BLOCKS), np.uint8)  # two layers
+MASKS[0, 0, :2] = 1  # 2 of 16 blocks, 3 empty rows
+MASKS[1, :, 3] = 1  # 4 of 16 blocks, no empty row
+
+
+def make_config(**changes: Any) -> dict[str, Any]:
+    config = {
+        "run": "demo",
+        "tasks": ["listops"],
+        "attentions": ["softmax", "sat"],
+        "seeds": [1001, 1002],
+    }
+    return config | changes
+
+
+def make_metrics(
+    task: str = "listops",
+    attention: str = "softmax",
+    seed: int = 1001,
+    *,
+    accuracy: float = 0.5,
+    switch: tuple[int, str] | None = None,
+    dense_ms: float = 80.0,
+    sparse_ms: float = 20.0,
+    **changes: Any,
+) -> dict[str, Any]:
+    """metrics.json of a run; `switch` is (step, "rule" or "limit"), None: it stayed dense."""
+    metrics = {
+        "schema_version": 1,
+        "run": "demo",
+        "task": task,
+        "attention": attention,
+        "seed": seed,
+        "data": "generated",
+        "test": {"accuracy": accuracy, "loss": 1.5, "examples": 200, "chance": 0.125},
+        "dev": {
+            "accuracy": accuracy + 0.01,
+            "loss": 1.4,
+            "examples": 100,
+            "step": 200,
+            "phase": "sparse" if switch else "dense",
+        },
+        "transition": {
+            "step": switch[0] if switch else None,
+            "reason": switch[1] if switch else None,
+        },
+        "pattern": {
+            "block_size": 32,
+            "num_blocks": NUM_BLOCKS,
+            "selected": [2, 4],
+            "density": [0.125, 0.25],
+            "empty_rows": [3, 0],
+        }
+        if switch
+        else None,
+        "num_parameters": 160650,
+        "num_steps": 300,
+        "phases": {
+            "dense": make_phase(dense_ms, 512),
+            "sparse": make_phase(sparse_ms, 256) if switch else None,
+        },
+        "training_seconds": 30.0,
+        "device": {"type": "cpu", "name": "Test CPU", "threads": 2},
+        "backend": {"dense": "cpu", "sparse": "cpu"},
+        "versions": {},
+        "git_commit": "0" * 40,
+        "config_sha256": "c" * 64,
+        "data_sha256": "d" * 64,
+        "options": [],
+    }
+    return metrics | changes
+
+
+def make_phase(ms_per_step: float, mib: int) -> dict[str, Any]:
+    return {
+        "steps": 150,
+        "ms_per_step": ms_per_step,
+        "seconds": 12.0,
+        "peak_memory_bytes": mib * 2**20,
+    }
+
+
+def write_metrics(output_dir: Path, metrics: dict[str, Any]) -> Path:
+    """Write a metrics.json where the workflow keeps it below `output_dir`; returns its path."""
+    name = f"{metrics['task']}/{metrics['attention']}/seed{metrics['seed']}"
+    path = output_dir / "runs" / name / "metrics.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(metrics))
+    return path
+
+
+def write_run(output_dir: Path, metrics: dict[str, Any]) -> Path:
+    """Write a whole run folder, with an evaluation on dev every 50 steps; returns the folder."""
+    run_dir = write_metrics(output_dir, metrics).parent
+    switch = metrics["transition"]
+    events = []
+    for step in range(50, 301, 50):
+        sparse = switch["step"] is not None and step > switch["step"]
+        phase = "sparse" if sparse else "dense"
+        loss = {"step": step, "phase": phase, "loss": 100 / step}
+        accuracy = metrics["test"]["accuracy"] * step / 300
+        events.append({"event": "train", **loss, "accuracy": accuracy})
+        events.append({"event": "eval", "split": "dev", **loss, "accuracy": accuracy})
+        if step == switch["step"]:
+            events.append({"event": "transition", **switch})
+            events.append({"event": "eval", "split": "dev", **loss, "accuracy": 0.125})
+    (run_dir / "history.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    masks = dict(zip(("layer_0", "layer_1"), MASKS, strict=True)) if metrics["pattern"] else {}
+    save_file(masks, run_dir / "pattern.safetensors")
+    return run_dir

@@ -1,0 +1,187 @@
+"""The figures of a task: what they show, the same bytes twice, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import figures
+import numpy as np
+import pytest
+from made_up_runs import MASKS, make_config, make_metrics, write_run
+
+SCRIPT = Path(figures.__file__)
+
+
+@pytest.fixture
+def run_dirs(tmp_path):
+    """Two seeds of softmax and two of sat; the first sat run never switched."""
+    runs = [
+        make_metrics(attention="softmax", seed=1001, accuracy=0.4),
+        make_metrics(attention="softmax", seed=1002, accuracy=0.5),
+        make_metrics(attention="sat", seed=1001, accuracy=0.45),
+        make_metrics(attention="sat", seed=1002, accuracy=0.55, switch=(150, "limit")),
+    ]
+    return [write_run(tmp_path / "demo", metrics) for metrics in runs]
+
+
+def draw(run_dirs, config):
+    return figures.draw_figures(figures.read_runs(run_dirs, "listops", config), config)
+
+
+def texts(svg):
+    """All text of an SVG, one string a text element."""
+    tag = "{http://www.w3.org/2000/svg}text"
+    return ["".join(element.itertext()) for element in ET.fromstring(svg).iter(tag)]
+
+
+def test_accuracy_figure_says_what_it_shows(run_dirs):
+    found = texts(draw(run_dirs, make_config())["accuracy.svg"])
+    for text in (
+        "listops, run demo (generated data)",
+        "training step",
+        "dev accuracy (%)",
+        "softmax: mean ± sd of 2 seeds",
+        "sat: mean ± sd of 2 seeds",
+        "sat: switch to sparse (limit)",
+        "chance (12.5 %)",
+    ):
+        assert text in found
+
+
+def test_one_seed_has_no_mean(run_dirs):
+    found = texts(draw(run_dirs[1::2], make_config())["accuracy.svg"])
+    assert "softmax" in found and "sat" in found
+    assert not any("mean" in text for text in found)
+
+
+def test_pattern_figure_shows_the_first_seed_that_switched(run_dirs):
+    found = texts(draw(run_dirs, make_config())["pattern.svg"])
+    assert "sat, seed 1002, from step 150, blocks of 32 × 32" in found
+    for text in ("layer 1: density 0.125,", "3 of 4 rows empty"):
+        assert text in found
+    for text in ("layer 2: density 0.250,", "0 of 4 rows empty"):
+        assert text in found
+    assert not any("softmax" in text for text in found)
+
+
+def test_pattern_figure_has_a_row_an_attention(tmp_path):
+    config = make_config(attentions=["sat", "local"], seeds=[1])
+    dirs = [
+        write_run(tmp_path, make_metrics(attention=name, seed=1, switch=(150, "rule")))
+        for name in config["attentions"]
+    ]
+    found = texts(draw(dirs, config)["pattern.svg"])
+    assert sum(text.startswith(("sat, seed 1,", "local, seed 1,")) for text in found) == 2
+
+
+def test_without_a_switch_the_pattern_figure_says_so(run_dirs):
+    found = texts(draw(run_dirs[:3], make_config())["pattern.svg"])
+    assert "No run switched to sparse attention: there is no pattern to show." in found
+
+
+@pytest.mark.parametrize("mask", [np.zeros((4, 4), bool), np.ones((4, 4), bool), MASKS[0] != 0])
+def test_any_mask_is_drawn_as_it_is(mask):
+    axes = figures.Figure().add_subplot()
+    figures.draw_mask(axes, mask)
+    drawn = np.zeros_like(mask)
+    for path in axes.collections[0].get_paths():
+        column, row = path.vertices[0].astype(int)
+        drawn[row, column] = True
+    np.testing.assert_array_equal(drawn, mask)
+    assert axes.get_ylim() == (4, 0)  # row 0 on top
+
+
+def test_mean_curve_takes_the_later_evaluation_of_a_step_and_common_steps_only():
+    curves = [[(50, 10.0), (100, 30.0), (100, 12.0)], [(100, 16.0), (150, 20.0)]]
+    steps, mean, sd = figures.mean_curve(curves)
+    assert steps.tolist() == [100]
+    assert mean.tolist() == [14.0]
+    assert sd.tolist() == pytest.approx([8**0.5])
+
+
+def test_the_drop_at_the_switch_is_in_the_curve(run_dirs):
+    curve = figures.read_curve(run_dirs[3] / "history.jsonl")
+    assert [accuracy for step, accuracy in curve if step == 150] == pytest.approx([27.5, 12.5])
+
+
+def test_same_bytes_twice_whatever_order_and_hash_seed(run_dirs, tmp_path):
+    outputs = []
+    for hash_seed, order in (("0", run_dirs), ("1", run_dirs[::-1])):
+        output_dir = tmp_path / hash_seed
+        arguments = ["--task", "listops", "--output-dir", output_dir]
+        arguments += ["--config", json.dumps(make_config()), *order]
+        subprocess.run(
+            [sys.executable, SCRIPT, *arguments],
+            check=True,
+            env=os.environ | {"PYTHONHASHSEED": hash_seed},
+        )
+        assert sorted(p.name for p in output_dir.iterdir()) == ["accuracy.svg", "pattern.svg"]
+        outputs.append({p.name: p.read_bytes() for p in output_dir.iterdir()})
+    assert outputs[0] == outputs[1]
+    assert not any(b"<dc:date>" in svg for svg in outputs[0].values())
+
+
+def test_names_are_shown_as_they_are(tmp_path):
+    name = "a_task $x_1$ & <b>"
+    config = make_config(tasks=[name], attentions=["sat"], seeds=[1])
+    run_dir = write_run(tmp_path, make_metrics(name, "sat", 1))
+    drawn = figures.draw_figures(figures.read_runs([run_dir], name, config), config)
+    assert f"{name}, run demo (generated data)" in texts(drawn["accuracy.svg"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"event": "eval", "sp', "not JSON"),
+        ("", "not JSON"),
+        ("[1]", "content: expected an object"),
+        ('{"event": "pause"}', "event: expected one of train, eval, transition, found 'pause'"),
+        ('{"event": "train", "step": 1, "phase": "dense"}', "loss is missing"),
+        (
+            '{"event": "eval", "split": "dev", "step": 1, "phase": "dense", "loss": 1, '
+            '"accuracy": 50}',
+            "accuracy: expected a number from 0 to 1, found 50",
+        ),
+    ],
+)
+def test_a_malformed_line_is_named(run_dirs, line, message):
+    path = run_dirs[0] / "history.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], line, *lines[2:]]) + "\n")
+    with pytest.raises(ValueError) as error:
+        draw(run_dirs, make_config())
+    assert str(error.value).startswith(f"{path}: line 3: {message}")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [(slice(0), "found none"), (slice(None, None, -1), "go backwards")],
+)
+def test_a_history_that_cannot_be_drawn_is_refused(run_dirs, lines, message):
+    path = run_dirs[0] / "history.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[lines]))
+    with pytest.raises(ValueError, match=message):
+        draw(run_dirs, make_config())
+
+
+def test_a_pattern_that_is_not_the_runs_is_refused(run_dirs):
+    path = run_dirs[3] / "pattern.safetensors"
+    path.write_bytes((run_dirs[2] / "pattern.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"layer_0: expected shape \(4, 4\), found nothing"):
+        draw(run_dirs, make_config())
+    path.write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        draw(run_dirs, make_config())
+
+
+def test_a_user_error_is_one_line_and_leaves_nothing(run_dirs, tmp_path):
+    config = json.dumps(make_config(tasks=["text"]))
+    arguments = ["--task", "text", "--output-dir", str(tmp_path / "out"), "--config", config]
+    with pytest.raises(SystemExit) as stop:
+        figures.main(arguments + [str(run_dirs[0])])
+    assert str(stop.value).startswith("error: ") and "\n" not in str(stop.value)
+    assert "listops/softmax/seed1001: not among the runs" in str(stop.value)
+    assert not (tmp_path / "out").exists()
