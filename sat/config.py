@@ -1,0 +1,373 @@
+"""Configuration: YAML files -> JSON schema -> the settings of one training.
+
+The settings of a training are put together from four layers, each overriding the one before:
+the defaults of workflow/schemas/config.schema.yaml, config/tasks/<task>.yaml,
+config/attentions/<attention>.yaml and `settings: <task>:` of the run's configuration.
+The Snakefile, the command line and the tests all go through this module; it imports neither torch nor TensorFlow.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA = "workflow/schemas/config.schema.yaml"
+BLOCKS = ("dataset", "model", "training", "transition", "pattern")
+ALIASES = {"cifar10": "image"}
+
+
+class ConfigError(ValueError):
+    """What a user wrote into a configuration, or typed, cannot be used; the message says what can."""
+
+
+# ---------------------------------------------------------------- schema
+
+
+@cache
+def schema(root: Path = ROOT) -> dict:
+    return yaml.safe_load((root / SCHEMA).read_text())
+
+
+def check(instance: Any, part: str | None, where: str, root: Path = ROOT) -> None:
+    """Check `instance` against the schema, or against its `$defs` entry `part`.
+
+    Raises ConfigError with the file (`where`), the key, what was found and what is allowed.
+    """
+    whole = schema(root)
+    target = whole if part is None else {"$ref": f"#/$defs/{part}", "$defs": whole["$defs"]}
+    errors = jsonschema.Draft202012Validator(target).iter_errors(instance)
+    error = next(iter(sorted(errors, key=lambda e: (len(e.absolute_path), e.message))), None)
+    if error is not None:
+        raise ConfigError(f"{where}: {_explain(error)}")
+
+
+def _explain(error: jsonschema.ValidationError) -> str:
+    key = ".".join(map(str, error.absolute_path))
+    if error.validator == "additionalProperties":
+        allowed = list(error.schema.get("properties", {}))
+        unknown = sorted(set(error.instance) - set(allowed))[0]
+        name = f"{key}.{unknown}" if key else unknown
+        return (
+            f"unknown key '{name}'{nearest(unknown, allowed)}; allowed here: {', '.join(allowed)}"
+        )
+    if error.validator == "required":
+        missing = [k for k in error.validator_value if k not in error.instance]
+        return f"'{key or 'the configuration'}' lacks the key '{missing[0]}'"
+    if error.validator == "type":
+        wanted = error.validator_value
+        wanted = " or ".join(wanted) if isinstance(wanted, list) else wanted
+        return f"'{key}' is {error.instance!r}, expected {wanted}"
+    if error.validator == "enum":
+        return (
+            f"'{key}' is {error.instance!r}, allowed: {', '.join(map(str, error.validator_value))}"
+        )
+    return f"'{key}': {error.message}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """' (did you mean ...?)' when a known word is close, else nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def with_defaults(instance: dict, definition: dict, definitions: dict) -> dict:
+    """A copy of `instance` with the schema's defaults filled in, objects included."""
+    if "$ref" in definition:
+        definition = {**definitions[definition["$ref"].rsplit("/", 1)[1]], **definition}
+    filled = copy.deepcopy(instance)
+    for key, child in definition.get("properties", {}).items():
+        if "$ref" in child:
+            child = {**definitions[child["$ref"].rsplit("/", 1)[1]], **child}
+        if key not in filled and "default" in child:
+            filled[key] = copy.deepcopy(child["default"])
+        if isinstance(filled.get(key), dict):
+            filled[key] = with_defaults(filled[key], child, definitions)
+    return filled
+
+
+def merge(*layers: Mapping) -> dict:
+    """Deep union of mappings, later ones win; anything but a mapping is replaced whole."""
+    merged: dict = {}
+    for layer in layers:
+        for key, value in layer.items():
+            both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+            merged[key] = merge(merged[key], value) if both else copy.deepcopy(value)
+    return merged
+
+
+# ---------------------------------------------------------------- the configuration of a run set
+
+
+def read_yaml(path: Path) -> dict:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {type(content).__name__}")
+    return content
+
+
+def load(run: str, root: Path = ROOT) -> dict:
+    """The configuration of the run set `run`: config/config.yaml, and config/<run>.yaml over it where there is one.
+
+    Raises ConfigError when no configuration has that name.
+    """
+    config = read_yaml(root / "config/config.yaml")
+    if config.get("run") != run:
+        overlay = root / "config" / f"{run}.yaml"
+        if not overlay.is_file():
+            raise ConfigError(f"unknown run set '{run}': there is no config/{run}.yaml")
+        config = merge(config, read_yaml(overlay))
+    return complete(config, where=f"configuration of run '{run}'", root=root)
+
+
+def complete(config: Mapping, where: str = "configuration", root: Path = ROOT) -> dict:
+    """Check a run set's configuration whole, its task and attention files included, and fill in the defaults.
+
+    Raises ConfigError; nothing needs to run to find a wrong key of any task.
+    """
+    config = dict(config)
+    check(config, None, where, root)
+    config = with_defaults(config, schema(root), schema(root)["$defs"])
+    config["tasks"] = [canonical_task(task, root) for task in config["tasks"]]
+    if len(set(config["tasks"])) < len(config["tasks"]):
+        raise ConfigError(f"{where}: 'tasks' names a task twice: {', '.join(config['tasks'])}")
+    config["settings"] = {canonical_task(task, root): s for task, s in config["settings"].items()}
+    if config["data"] == "generated" and "demo" not in config:
+        raise ConfigError(f"{where}: data is 'generated', which needs the key 'demo'")
+    for task in config["tasks"]:
+        for attention in config["attentions"]:
+            resolve(config, task, attention, config["seeds"][0], root)
+    return config
+
+
+def known(kind: str, root: Path = ROOT) -> list[str]:
+    """Names of the files in config/<kind>/ (kind: tasks or attentions)."""
+    return sorted(path.stem for path in (root / "config" / kind).glob("*.yaml"))
+
+
+def canonical_task(name: str, root: Path = ROOT) -> str:
+    """The task that `name` means: itself, an alias (cifar10), or lra-<task>. Raises ConfigError."""
+    bare = name.removeprefix("lra-")
+    bare = ALIASES.get(bare, bare)
+    tasks = known("tasks", root)
+    if bare not in tasks:
+        hint = nearest(bare, [*tasks, *ALIASES])
+        raise ConfigError(f"unknown task '{name}'{hint}; tasks: {', '.join([*tasks, *ALIASES])}")
+    return bare
+
+
+def canonical_attention(name: str, root: Path = ROOT) -> str:
+    attentions = known("attentions", root)
+    if name not in attentions:
+        hint = nearest(name, attentions)
+        raise ConfigError(f"unknown attention '{name}'{hint}; attentions: {', '.join(attentions)}")
+    return name
+
+
+# ---------------------------------------------------------------- the settings of one training
+
+
+def resolve(
+    config: Mapping,
+    task: str,
+    attention: str,
+    seed: int,
+    root: Path = ROOT,
+    changes: Mapping | None = None,
+) -> dict:
+    """Every setting of the training (task, attention, seed), as plain JSON values.
+
+    `changes` are laid over all else (flags of the command line). Raises ConfigError.
+    """
+    task, attention = canonical_task(task, root), canonical_attention(attention, root)
+    layers = [config.get("settings", {}).get(task, {}), changes or {}]
+    for kind, name in (("attentions", attention), ("tasks", task)):
+        path = root / "config" / kind / f"{name}.yaml"
+        layers.insert(0, read_yaml(path))
+        check(layers[0], "task", f"config/{kind}/{name}.yaml", root)
+    task_options = layers[0].get("dataset", {})
+    settings = merge(*layers)
+    check(settings, "task", f"settings of {task} with {attention}", root)
+    for key in settings.get("dataset", {}):
+        if key not in task_options:
+            raise ConfigError(
+                f"task {task} has no option 'dataset.{key}'; it has: {', '.join(task_options)}"
+            )
+    definitions = schema(root)["$defs"]
+    settings = with_defaults(
+        {block: {} for block in BLOCKS} | settings, definitions["task"], definitions
+    )
+    settings["dataset"] = with_caps(settings["dataset"], config.get("caps", {}))
+    resolved = {
+        "run": config["run"],
+        "task": task,
+        "attention": attention,
+        "seed": seed,
+        **settings,
+    }
+    RunConfig.from_dict(resolved)
+    return resolved
+
+
+def with_caps(dataset: Mapping, caps: Mapping) -> dict:
+    """The dataset block with the run's caps applied: of two limits the smaller one holds."""
+    limited = dict(dataset)
+    for split in ("train", "dev", "test"):
+        limits = [n for n in (dataset.get(split), caps.get(split)) if n is not None]
+        limited[split] = min(limits, default=None)
+    return limited
+
+
+def resolve_dataset(config: Mapping, task: str, root: Path = ROOT) -> dict:
+    """What the preprocessing of a task depends on, and nothing else: {task, caps, max_length, options}."""
+    dataset = resolve(config, task, config["attentions"][0], config["seeds"][0], root)["dataset"]
+    caps = {split: dataset.pop(split) for split in ("train", "dev", "test")}
+    return {"task": task, "caps": caps, "max_length": dataset.pop("max_length"), "options": dataset}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    vocab_size: int
+    max_seq_len: int
+    num_classes: int
+    learn_pos_emb: bool
+    tied_weights: bool
+    embedding_dim: int
+    transformer_dim: int
+    transformer_hidden_dim: int
+    head_dim: int
+    num_head: int
+    num_layers: int
+    dropout_prob: float
+    attention_dropout: float
+    pooling_mode: str
+    block_size: int
+    batch_size: int | None
+    density: float
+    denominator: str
+    zero_pixel_is_padding: bool
+
+    @property
+    def sequence_length(self) -> int:
+        """S: the next power of two that holds max_seq_len ids and, with CLS pooling, the class token."""
+        longest = self.max_seq_len + (self.pooling_mode == "CLS")
+        return 1 << (longest - 1).bit_length()
+
+    @property
+    def num_blocks(self) -> int:
+        """nb: blocks along one side of the attention map."""
+        return self.sequence_length // self.block_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    batch_size: int
+    learning_rate: float
+    warmup: int
+    lr_decay: str
+    cycle_beta1: bool
+    weight_decay: float
+    eval_frequency: int
+    num_train_steps: int
+    num_init_steps: int | None
+    num_eval_steps: int | None
+    num_dense_train_steps: int | None
+    attn_loss_scale: float
+    skewness: float
+    distance: float
+    patience: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Transition:
+    rule: str
+    padded_queries: str
+    learning_rate: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    source: str
+    min_per_row: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """The settings of one training; the only configuration that model and training see."""
+
+    run: str
+    task: str
+    attention: str
+    seed: int
+    dataset: dict
+    model: Model
+    training: Training
+    transition: Transition
+    pattern: Pattern
+
+    @classmethod
+    def from_dict(cls, settings: Mapping) -> RunConfig:
+        """Build from `resolve`'s dictionary. Raises ConfigError for settings that contradict each other."""
+        config = cls(
+            **{key: settings[key] for key in ("run", "task", "attention", "seed", "dataset")},
+            **{
+                block.__name__.lower(): _build(block, settings[block.__name__.lower()])
+                for block in (Model, Training, Transition, Pattern)
+            },
+        )
+        model, training = config.model, config.training
+        if "max_length" not in config.dataset:
+            raise ConfigError(f"task {config.task}: 'dataset' lacks the key 'max_length'")
+        if config.dataset["max_length"] > model.max_seq_len:
+            raise ConfigError(
+                f"task {config.task}: dataset.max_length {config.dataset['max_length']} is more than "
+                f"model.max_seq_len {model.max_seq_len}"
+            )
+        if model.sequence_length % model.block_size:
+            raise ConfigError(
+                f"task {config.task}: model.block_size {model.block_size} is more than the padded length "
+                f"{model.sequence_length}"
+            )
+        if training.warmup > training.num_train_steps:
+            raise ConfigError(
+                f"task {config.task}: training.warmup {training.warmup} is more than "
+                f"training.num_train_steps {training.num_train_steps}"
+            )
+        if (config.transition.rule == "never") != (config.pattern.source == "none"):
+            raise ConfigError(
+                f"attention {config.attention}: transition.rule '{config.transition.rule}' does not go with "
+                f"pattern.source '{config.pattern.source}': a dense run has rule never and source none"
+            )
+        if config.pattern.min_per_row > model.num_blocks:
+            raise ConfigError(
+                f"attention {config.attention}: pattern.min_per_row {config.pattern.min_per_row} is more than "
+                f"the {model.num_blocks} blocks of a row"
+            )
+        return config
+
+
+def _build(cls: type, values: Mapping) -> Any:
+    missing = [f.name for f in dataclasses.fields(cls) if f.name not in values]
+    if missing:
+        raise ConfigError(f"'{cls.__name__.lower()}' lacks the key '{missing[0]}'")
+    return cls(**values)
+
+
+def digest(settings: Mapping) -> str:
+    """sha256 of settings in canonical JSON."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
