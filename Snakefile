@@ -1,0 +1,112 @@
+# Sparse-attention Transformers on the Long Range Arena: from the archives to the results table.
+#
+#   snakemake --cores 8 --use-conda all                            the whole real run
+#   snakemake all --cores 2 --configfile config/demo.yaml          the offline demo
+#   snakemake --cores 8 --use-conda listops                        one task
+#   snakemake --cores 1 table                                      the results table
+#
+# workflow/rules/ holds the rules in the order in which the data flow, config/config.yaml the settings.
+
+import json
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+from snakemake.settings.types import DeploymentMethod
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+sys.path[:0] = [workflow.basedir, f"{workflow.basedir}/workflow/scripts"]
+
+import environments
+from sat import config as settings
+
+
+configfile: "config/config.yaml"
+
+
+try:
+    config = settings.complete(config, where="configuration")
+except settings.ConfigError as error:
+    raise WorkflowError(str(error))
+
+RUN = config["run"]
+DATA = f"data/{RUN}"
+RESULTS = f"results/{RUN}"
+TASKS = config["tasks"]
+
+
+wildcard_constraints:
+    task="|".join(TASKS),
+    attention="|".join(config["attentions"]),
+    seed=r"\d+",
+
+
+include: "workflow/rules/environments.smk"
+include: "workflow/rules/archives.smk"
+include: "workflow/rules/preprocess.smk"
+include: "workflow/rules/kernels.smk"
+include: "workflow/rules/train.smk"
+include: "workflow/rules/results.smk"
+
+
+localrules:
+    all,
+    data,
+    kernels,
+    figures,
+    table,
+
+
+rule all:
+    default_target: True
+    input:
+        rules.table.input,
+        rules.figures.input,
+
+
+rule data:
+    input:
+        expand(f"{DATA}/{{task}}/manifest.json", task=TASKS),
+
+
+rule kernels:
+    input:
+        rules.compile_kernels.output,
+
+
+# One target a task: its trainings and figures.
+for _task in TASKS:
+
+    rule:
+        name:
+            _task
+        input:
+            runs_of(_task),
+            figures_of(_task),
+        localrule: True
+
+
+if "image" in TASKS:
+
+    rule cifar10:
+        input:
+            runs_of("image"),
+            figures_of("image"),
+        localrule: True
+
+
+onstart:
+    make_environments()
+    Path(RESULTS).mkdir(parents=True, exist_ok=True)
+    Path(f"{RESULTS}/config.json").write_text(
+        json.dumps(config, indent=2, sort_keys=True) + "\n"
+    )
+
+
+onsuccess:
+    table = Path(f"{RESULTS}/table.md")
+    if table.is_file():
+        print(f"\n{table.read_text()}\nTable: {RESULTS}/table.{{csv,md,tex}}", file=sys.stderr)
+        print(f"Figures: {RESULTS}/figures/<task>/   Logs: {RESULTS}/logs/", file=sys.stderr)

@@ -1,0 +1,72 @@
+# metrics and histories -> table.{csv,md,tex} and two figures a task
+
+ORDER = json.dumps({key: config[key] for key in ("run", "tasks", "attentions", "seeds")})
+FIGURES = ["accuracy.svg", "pattern.svg"]
+
+
+def figures_of(task):
+    return expand(f"{RESULTS}/figures/{{task}}/{{figure}}", task=task, figure=FIGURES)
+
+
+rule collect:
+    input:
+        env="envs/report.yaml",
+        script="workflow/scripts/collect.py",
+        metrics=[path for task in TASKS for path in metrics_of(task)],
+    output:
+        csv=f"{RESULTS}/table.csv",
+        md=f"{RESULTS}/table.md",
+        tex=f"{RESULTS}/table.tex",
+    log:
+        f"{RESULTS}/logs/collect.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/collect.tsv"
+    conda:
+        "../../envs/report.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+    params:
+        python=in_env("report"),
+        config=ORDER,
+        folder=RESULTS,
+    shell:
+        "{params.python} {input.script} --output-dir {params.folder} --config {params.config:q} {input.metrics} "
+        "> {log} 2>&1"
+
+
+rule table:
+    input:
+        rules.collect.output,
+
+
+rule draw_figures:
+    input:
+        env="envs/report.yaml",
+        script="workflow/scripts/figures.py",
+        runs=lambda wildcards: runs_of(wildcards.task),
+    output:
+        accuracy=f"{RESULTS}/figures/{{task}}/accuracy.svg",
+        pattern=f"{RESULTS}/figures/{{task}}/pattern.svg",
+    log:
+        f"{RESULTS}/logs/figures/{{task}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/figures/{{task}}.tsv"
+    conda:
+        "../../envs/report.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+    params:
+        python=in_env("report"),
+        config=ORDER,
+        folder=lambda wildcards, output: str(Path(output.accuracy).parent),
+        folders=lambda wildcards, input: sorted({str(Path(path).parent) for path in input.runs}),
+    shell:
+        "{params.python} {input.script} --task {wildcards.task} --output-dir {params.folder} "
+        "--config {params.config:q} {params.folders} > {log} 2>&1"
+
+
+rule figures:
+    input:
+        [path for task in TASKS for path in figures_of(task)],

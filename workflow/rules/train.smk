@@ -1,0 +1,70 @@
+# <task>/*.arrow + kernels -> one folder a training: settings, metrics, history, weights, pattern
+
+import shutil
+
+RUN_FILES = [
+    "config.json",
+    "metrics.json",
+    "history.jsonl",
+    "model.safetensors",
+    "pattern.safetensors",
+]
+RUN_FOLDER = f"{RESULTS}/runs/{{task}}/{{attention}}/seed{{seed}}"
+
+
+def metrics_of(task):
+    """The metrics of every training of a task, in the configuration's order."""
+    return expand(
+        f"{RUN_FOLDER}/metrics.json",
+        task=task,
+        attention=config["attentions"],
+        seed=config["seeds"],
+    )
+
+
+def runs_of(task):
+    return expand(
+        f"{RUN_FOLDER}/{{file}}",
+        task=task,
+        attention=config["attentions"],
+        seed=config["seeds"],
+        file=RUN_FILES,
+    )
+
+
+rule train:
+    input:
+        env="envs/torch.yaml",
+        sources=sorted(str(path) for path in Path("sat").rglob("*.py")),
+        schema=settings.SCHEMA,
+        kernels=rules.compile_kernels.output,
+        data=rules.preprocess.output,
+    output:
+        config=f"{RUN_FOLDER}/config.json",
+        metrics=f"{RUN_FOLDER}/metrics.json",
+        history=f"{RUN_FOLDER}/history.jsonl",
+        model=f"{RUN_FOLDER}/model.safetensors",
+        pattern=f"{RUN_FOLDER}/pattern.safetensors",
+    log:
+        f"{RESULTS}/logs/train/{{task}}/{{attention}}/seed{{seed}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/train/{{task}}/{{attention}}/seed{{seed}}.tsv"
+    conda:
+        "../../envs/torch.yaml"
+    threads: config["threads"]["train"]
+    resources:
+        mem_mb=8000,
+        gpu=1 if shutil.which("nvidia-smi") else 0,
+    params:
+        root=in_root,
+        python=in_env("torch"),
+        settings=lambda wildcards: json.dumps(
+            settings.resolve(config, wildcards.task, wildcards.attention, int(wildcards.seed))
+        ),
+        data=lambda wildcards, input: str(Path(input.data[0]).parent),
+        kernels=lambda wildcards, input: str(Path(input.kernels[0]).parent),
+        folder=lambda wildcards, output: str(Path(output.metrics).parent),
+    shell:
+        "PYTHONPATH={params.root:q} {params.python} -m sat --mode train --settings {params.settings:q} "
+        "--data-dir {params.data} --output-dir {params.folder} --kernels {params.kernels} --threads {threads} "
+        "> {log} 2>&1"
