@@ -1,0 +1,189 @@
+"""Reading the preprocessed Arrow files: memory-mapped, a batch at a time, in a fixed order.
+
+A split is an Arrow IPC file with the columns `input_ids_0` (and `input_ids_1` for two texts) and `label`, beside a
+`manifest.json` that says what the ids mean. Shapes: B sequences of a batch, S padded length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+SPLITS = ("train", "dev", "test")
+
+
+class DataError(ValueError):
+    """Processed data are missing or not what their manifest says; the message names the next step."""
+
+
+@dataclasses.dataclass
+class Batch:
+    """ids: one int64 tensor [B, S] an input; lengths: its real ids [B], None when there is no padding; labels [B]."""
+
+    ids: list[torch.Tensor]
+    lengths: list[torch.Tensor | None]
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def slice(self, start: int, stop: int) -> Batch:
+        part = slice(start, stop)
+        return Batch(
+            [ids[part] for ids in self.ids],
+            [None if lengths is None else lengths[part] for lengths in self.lengths],
+            self.labels[part],
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            [ids.to(device, non_blocking=True) for ids in self.ids],
+            [
+                None if lengths is None else lengths.to(device, non_blocking=True)
+                for lengths in self.lengths
+            ],
+            self.labels.to(device, non_blocking=True),
+        )
+
+
+class Column:
+    """A memory-mapped column of id lists, of fixed or varying length, in one or several chunks."""
+
+    def __init__(self, column: pa.ChunkedArray):
+        self.values, self.offsets = [], []
+        for chunk in column.chunks:
+            if pa.types.is_fixed_size_list(chunk.type):
+                width = chunk.type.list_size
+                offsets = (
+                    np.arange(chunk.offset, chunk.offset + len(chunk) + 1, dtype=np.int64) * width
+                )
+            else:
+                offsets = chunk.offsets.to_numpy()
+            self.values.append(chunk.values.to_numpy(zero_copy_only=True))
+            self.offsets.append(offsets)
+        self.starts = np.cumsum([0] + [len(chunk) for chunk in column.chunks])
+
+    def gather(self, rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows [B] -> (ids [B, length] int64, 0 behind the end; lengths [B]), without a loop over the rows."""
+        ids = np.zeros((len(rows), length), dtype=np.int64)
+        lengths = np.zeros(len(rows), dtype=np.int64)
+        chunks = np.searchsorted(self.starts, rows, side="right") - 1
+        for chunk in np.unique(chunks):
+            here = np.flatnonzero(chunks == chunk)
+            local = rows[here] - self.starts[chunk]
+            begin = self.offsets[chunk][local].astype(np.int64)
+            count = np.minimum(self.offsets[chunk][local + 1] - begin, length)
+            inside = np.arange(length) < count[:, None]
+            source = begin[:, None] + np.arange(length)
+            part = np.zeros(inside.shape, dtype=np.int64)
+            part[inside] = self.values[chunk][source[inside]]
+            ids[here], lengths[here] = part, count
+        return ids, lengths
+
+
+class Split:
+    """One split of a processed task, memory-mapped."""
+
+    def __init__(self, path: Path, padded: bool):
+        with pa.memory_map(str(path)) as source:
+            table = pa.ipc.open_file(source).read_all()
+        self.columns = [
+            Column(table[name]) for name in table.column_names if name.startswith("input_ids")
+        ]
+        self.labels = table["label"].to_numpy().astype(np.int64)
+        self.padded = padded
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: np.ndarray, length: int) -> Batch:
+        """The rows [B] padded with 0 to `length`."""
+        ids, lengths = [], []
+        for column in self.columns:
+            column_ids, column_lengths = column.gather(rows, length)
+            ids.append(torch.from_numpy(column_ids))
+            full = not self.padded and bool((column_lengths == length).all())
+            lengths.append(None if full else torch.from_numpy(column_lengths))
+        return Batch(ids, lengths, torch.from_numpy(self.labels[rows]))
+
+    def batches(self, size: int, length: int, limit: int | None = None) -> Iterator[Batch]:
+        """Every row once, in order, the last batch as small as it comes; at most `limit` batches."""
+        for index, start in enumerate(range(0, len(self), size)):
+            if limit is not None and index == limit:
+                return
+            yield self.batch(np.arange(start, min(start + size, len(self))), length)
+
+
+def training_rows(num_rows: int, batch_size: int, step: int, seed: int) -> np.ndarray:
+    """Rows [batch_size] of optimiser step `step` (from 0): the next of an endless chain of permutations.
+
+    A function of its arguments alone, so that a run can go on at any step.
+    """
+    first = step * batch_size
+    rows = []
+    while len(rows) < batch_size:
+        epoch, position = divmod(first + len(rows), num_rows)
+        permutation = _permutation(num_rows, seed, epoch)
+        rows.extend(permutation[position : position + batch_size - len(rows)])
+    return np.asarray(rows)
+
+
+_permutations: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    key = (num_rows, seed, epoch)
+    if key not in _permutations:
+        while len(_permutations) > 1:  # a batch touches two epochs at most unless the split is tiny
+            _permutations.pop(next(iter(_permutations)))
+        _permutations[key] = np.random.default_rng([seed, epoch]).permutation(num_rows)
+    return _permutations[key]
+
+
+def load(folder: Path) -> tuple[dict, dict[str, Split]]:
+    """(manifest, splits by name) of a processed task.
+
+    Raises DataError when they are not there (naming the command that makes them) or not what the manifest says.
+    """
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except FileNotFoundError:
+        run = folder.parent.name
+        overlay = "" if run == "lra" else f" --configfile config/{run}.yaml"
+        raise DataError(
+            f"no processed data in {folder}; make them with: snakemake {folder}/manifest.json --cores 2{overlay}"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{folder}/manifest.json is not valid JSON ({error}); delete it and preprocess again"
+        ) from None
+    splits = {}
+    for name in SPLITS:
+        described = manifest["splits"][name]
+        path = folder / described["file"]
+        if path.stat().st_size != described["bytes"]:
+            raise DataError(
+                f"{path} has {path.stat().st_size} bytes, its manifest says {described['bytes']}; delete {folder} and "
+                "preprocess again"
+            )
+        splits[name] = Split(path, padded=manifest["padding_id"] is not None)
+        if len(splits[name]) != described["rows"]:
+            raise DataError(
+                f"{path} has {len(splits[name])} rows, its manifest says {described['rows']}"
+            )
+    return manifest, splits
+
+
+def data_digest(manifest: dict) -> str:
+    """sha256 over the splits' own hashes: what a training saw."""
+    return hashlib.sha256(
+        "".join(manifest["splits"][name]["sha256"] for name in SPLITS).encode()
+    ).hexdigest()

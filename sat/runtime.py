@@ -1,0 +1,98 @@
+"""The machine a run is on: device, threads, memory, versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from sat.config import ROOT
+
+
+def make_accelerator(device: str | None, threads: int | None) -> Accelerator:
+    """Accelerate's device handling; `device` cpu keeps off a GPU, threads: CPU threads of torch and the kernels."""
+    if threads:
+        torch.set_num_threads(threads)
+    return Accelerator(cpu=device == "cpu", mixed_precision="no")
+
+
+def describe_device(device: torch.device) -> dict:
+    if device.type == "cuda":
+        return {
+            "type": "cuda",
+            "name": torch.cuda.get_device_name(device),
+            "threads": torch.get_num_threads(),
+        }
+    return {"type": device.type, "name": _cpu_name(), "threads": torch.get_num_threads()}
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let the next `peak_memory` be that of the phase that begins now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # Linux: sets the peak of the resident set to its present size
+    except OSError:
+        pass  # elsewhere the peak is that of the process so far
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on a GPU, resident on a CPU, at most since `reset_peak_memory`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def versions() -> dict[str, str]:
+    packages = ("torch", "accelerate", "numpy", "pyarrow", "safetensors")
+    return {"python": platform.python_version()} | {
+        p: importlib.metadata.version(p) for p in packages
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the code, with '-dirty' when tracked files differ from it; None outside a repository."""
+    try:
+        done = subprocess.run(
+            [
+                "git",
+                "-C",
+                str(ROOT),
+                "describe",
+                "--always",
+                "--dirty",
+                "--abbrev=40",
+                "--exclude=*",
+            ],
+            capture_output=True,
+            text=True,
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() or None
