@@ -1,0 +1,559 @@
+// Attention over selected blocks, forward and backward, for one instruction set.
+//
+// CMake compiles this file once for each set, with SAT_SET (a namespace) and SAT_LANES (floats in a
+// register). Everything but the table at the end has internal linkage, and nothing of the standard
+// library that could be emitted out of line is used: the linker must never keep the AVX-512 copy of
+// a function for the baseline.
+//
+// A strip is up to 32 queries of one (batch, head); a chunk is up to 32 keys. Scores are computed
+// transposed, S'[key][query], so that the queries lie in the lanes: k, v, q and dO are then read in
+// place, only q and dO of a strip are packed, and the sum over a row is a vertical operation.
+//
+//   forward    P' = exp2(S' - shift),  sum += P',  O' += V' P',  o = O' / (sum + c exp2(-shift))
+//   backward   P' = exp2(S' - L),  dS' = P' (V dO' - delta),  L = log2(exp2(lse) + c)
+//              dV += P' dO,  dK += dS' q,  dQ' += K' dS',  delta_i = <dO_i, o_i>
+//
+// All five products are one register tile, `product`. The scale and log2(e) are folded into the
+// packed q, the scale of dS into the packed dO and delta.
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "instruction_set.hpp"
+
+#ifdef _OPENMP
+#define SAT_OMP(directive) _Pragma(directive)
+#else
+#define SAT_OMP(directive)
+#endif
+
+#define SAT_INLINE inline __attribute__((always_inline))
+#define SAT_LAMBDA __attribute__((always_inline))
+
+namespace sat {
+namespace SAT_SET {
+namespace {
+
+constexpr int64_t kLanes = SAT_LANES;
+constexpr int64_t kStrip = 32;  // queries of a strip and keys of a chunk
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+
+typedef float Vec __attribute__((vector_size(4 * SAT_LANES)));
+typedef float UnalignedVec __attribute__((vector_size(4 * SAT_LANES), aligned(4), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(4 * SAT_LANES)));
+
+SAT_INLINE Vec load(const float *p) { return *reinterpret_cast<const UnalignedVec *>(p); }
+SAT_INLINE void store(float *p, Vec x) { *reinterpret_cast<UnalignedVec *>(p) = x; }
+SAT_INLINE Vec splat(float x) { return x - Vec{}; }
+
+// Both give b where b is NaN: the value goes second, the bound first.
+SAT_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+SAT_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+
+SAT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// 2^x to 1e-7 (relative); 0 below 2^-126.5, inf from 2^127.5. The polynomial is the minimax one on
+// [-1/2, 1/2]. Adding `round` leaves the biased exponent in the low bits of the sum.
+SAT_INLINE Vec exp2(Vec x) {
+  x = min(splat(128.0f), max(splat(-127.0f), x));
+  const float round = 12582912.0f + 127.0f;  // 1.5 * 2^23 + exponent bias
+  const Vec shifted = x + round;
+  const Vec f = x - (shifted - round);
+  Vec y = f * 0.001327647174f + 0.00967554154f;
+  y = y * f + 0.05550713276f;
+  y = y * f + 0.2402211972f;
+  y = y * f + 0.6931469671f;
+  y = y * f + 1.000000072f;
+  return y * reinterpret_cast<Vec>(reinterpret_cast<IntVec>(shifted) << 23);
+}
+
+// log2 of a positive normal number; NaN for NaN and inf.
+SAT_INLINE Vec log2(Vec x) {
+  const IntVec bits = reinterpret_cast<IntVec>(x);
+  const IntVec exponent = (bits - 0x3f3504f3) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
+  const Vec m = reinterpret_cast<Vec>(bits - (exponent << 23));
+  const Vec s = (m - 1.0f) / (m + 1.0f), t = s * s;
+  Vec y = t * (1.0f / 9) + 1.0f / 7;
+  y = y * t + 1.0f / 5;
+  y = y * t + 1.0f / 3;
+  y = y * t + 1.0f;
+  return __builtin_convertvector(exponent, Vec) + (x - x) + 2 * kLog2e * s * y;
+}
+
+template <int N>
+struct Size {
+  static constexpr int value = N;
+};
+
+// Up to 6 rows times two registers: 12 accumulators, which with 2 operands and a broadcast fill the
+// 16 registers of AVX2. 32 = 6 + 6 + 5 + 5 + 5 + 5: no remainder tile.
+template <class Body>
+SAT_INLINE void for_each_tile(int64_t count, Body body) {
+  const int64_t tiles = (count + 5) / 6;
+  for (int64_t tile = 0, start = 0; tile < tiles; ++tile) {
+    const int64_t size = count / tiles + (tile < count % tiles);
+    switch (size) {
+      case 6: body(Size<6>(), start); break;
+      case 5: body(Size<5>(), start); break;
+      case 4: body(Size<4>(), start); break;
+      case 3: body(Size<3>(), start); break;
+      case 2: body(Size<2>(), start); break;
+      default: body(Size<1>(), start); break;
+    }
+    start += size;
+  }
+}
+
+template <int Rows, int Registers, class Done>
+SAT_INLINE void product_tile(const float *a, int64_t a_row, int64_t a_step, const float *x,
+                             int64_t x_step, int64_t n, Done done) {
+  Vec sum[Rows][Registers] = {};
+  for (int64_t t = 0; t < n; ++t) {
+    Vec operand[Registers];
+#pragma GCC unroll 2
+    for (int c = 0; c < Registers; ++c) operand[c] = load(x + t * x_step + c * kLanes);
+#pragma GCC unroll 6
+    for (int i = 0; i < Rows; ++i) {
+      const Vec factor = splat(a[i * a_row + t * a_step]);
+#pragma GCC unroll 2
+      for (int c = 0; c < Registers; ++c) sum[i][c] += factor * operand[c];
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 2
+    for (int c = 0; c < Registers; ++c) done(i, c * kLanes, sum[i][c]);
+  }
+}
+
+// done(i, c, sum) for every i < count and c < width in steps of a register, where
+// sum = sum_{t < n} a[i * a_row + t * a_step] * x[t * x_step + c ...].
+template <class Done>
+SAT_INLINE void product(int64_t count, int64_t width, const float *a, int64_t a_row, int64_t a_step,
+                        const float *x, int64_t x_step, int64_t n, Done done) {
+  for_each_tile(count, [&](auto rows, int64_t i) SAT_LAMBDA {
+    constexpr int kRows = decltype(rows)::value;
+    const float *a_tile = a + i * a_row;
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= width; c += 2 * kLanes)
+      product_tile<kRows, 2>(a_tile, a_row, a_step, x + c, x_step, n,
+                             [&](int di, int64_t dc, Vec sum)
+                                 SAT_LAMBDA { done(i + di, c + dc, sum); });
+    if (c < width)
+      product_tile<kRows, 1>(a_tile, a_row, a_step, x + c, x_step, n,
+                             [&](int di, int64_t dc, Vec sum)
+                                 SAT_LAMBDA { done(i + di, c + dc, sum); });
+  });
+}
+
+// out[i][c] += sum_t a[i * a_row + t * a_step] * x[t][c]
+void add_product(int64_t count, int64_t width, const float *a, int64_t a_row, int64_t a_step,
+                 const float *x, int64_t x_step, int64_t n, float *out, int64_t out_row) {
+  product(count, width, a, a_row, a_step, x, x_step, n, [&](int64_t i, int64_t c, Vec sum) SAT_LAMBDA {
+    float *p = out + i * out_row + c;
+    store(p, load(p) + sum);
+  });
+}
+
+float *at(const sat_tensor &t, int64_t batch, int64_t head, int64_t row) {
+  return t.data + batch * t.batch_stride + head * t.head_stride + row * t.row_stride;
+}
+
+// to[d][r] = factor * from[r][d], zero from row `rows` on.
+void pack(const float *from, int64_t row_stride, int64_t rows, int64_t width, int64_t strip,
+          float factor, float *to) {
+  for (int64_t d = 0; d < width; ++d) {
+    for (int64_t r = 0; r < rows; ++r) to[d * strip + r] = from[r * row_stride + d] * factor;
+    for (int64_t r = rows; r < strip; ++r) to[d * strip + r] = 0;
+  }
+}
+
+// to[r][d] = factor[r] * from[d][r]
+void unpack(const float *from, int64_t strip, int64_t rows, int64_t width, const float *factor,
+            float *to, int64_t row_stride) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t d = 0; d < width; ++d) to[r * row_stride + d] = from[d * strip + r] * factor[r];
+}
+
+void clear_rows(const sat_tensor &t, int64_t batch, int64_t head, int64_t begin, int64_t end,
+                int64_t width) {
+  for (int64_t i = begin; i < end; ++i) std::memset(at(t, batch, head, i), 0, width * sizeof(float));
+}
+
+// Sizes of a call, worked out once.
+struct Plan {
+  const Call &call;
+  int64_t strip, parts;  // queries of a strip, strips of a block
+  int64_t num_strips, pairs;
+
+  explicit Plan(const Call &c) : call(c) {
+    const int64_t block = c.blocks ? c.blocks->block_size : kStrip;
+    strip = least(block, kStrip);
+    parts = block / strip;
+    num_strips = (c.problem.length + strip - 1) / strip;
+    pairs = c.problem.batch * c.problem.heads;
+  }
+
+  int64_t real(const int32_t *lengths, int64_t batch) const {
+    const int64_t length = call.problem.length;
+    if (!lengths) return length;
+    return lengths[batch] < 0 ? 0 : least(lengths[batch], length);
+  }
+  int64_t real_keys(int64_t batch) const { return real(call.problem.key_lengths, batch); }
+  int64_t real_queries(int64_t batch) const { return real(call.problem.query_lengths, batch); }
+
+  // body(first, count) for the chunks of real keys that a strip attends to.
+  template <class Body>
+  SAT_INLINE void for_each_chunk(int64_t index, int64_t keys, Body body) const {
+    if (!call.blocks) {
+      for (int64_t j = 0; j < keys; j += strip) body(j, least(strip, keys - j));
+      return;
+    }
+    const sat_blocks &b = *call.blocks;
+    const int64_t row = index / parts;
+    for (int32_t e = b.row_ptr[row]; e < b.row_ptr[row + 1]; ++e)
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t j = b.col_idx[e] * b.block_size + part * strip;
+        if (j < keys) body(j, least(strip, keys - j));
+      }
+  }
+
+  // body(index) for the strips that attend to a chunk: the transpose of the above.
+  template <class Body>
+  void for_each_strip(int64_t chunk, Body body) const {
+    if (!call.blocks) {
+      for (int64_t index = 0; index < num_strips; ++index) body(index);
+      return;
+    }
+    const sat_blocks &b = *call.blocks;
+    const int64_t column = chunk / parts;
+    for (int32_t e = b.col_ptr[column]; e < b.col_ptr[column + 1]; ++e)
+      for (int64_t part = 0; part < parts; ++part) body(b.row_idx[e] * parts + part);
+  }
+
+  // True if no real key is selected: the output is 0 and the log-sum-exp -inf.
+  bool empty(int64_t index, int64_t keys) const {
+    bool none = true;
+    for_each_chunk(index, keys, [&](int64_t, int64_t) { none = false; });
+    return none;
+  }
+
+  // c_i, the number of unselected columns that count as a score of 0.
+  float constant(int64_t index) const {
+    if (!call.blocks || call.problem.denominator == SAT_RENORMALISED) return 0;
+    const sat_blocks &b = *call.blocks;
+    const int64_t row = index / parts;
+    return static_cast<float>(call.problem.length -
+                              b.block_size * (b.row_ptr[row + 1] - b.row_ptr[row]));
+  }
+};
+
+// Runs body(task, scratch) for every task, each thread with its own 64-byte aligned scratch.
+template <class Body>
+int parallel(int64_t tasks, int num_threads, int64_t scratch_floats, Body body) {
+  if (tasks <= 0) return SAT_OK;
+  if (num_threads > tasks) num_threads = static_cast<int>(tasks);
+  int failed = 0;
+  SAT_OMP("omp parallel num_threads(num_threads) reduction(| : failed)") {
+    const size_t bytes = (scratch_floats * sizeof(float) + 63) / 64 * 64;
+    float *scratch = static_cast<float *>(std::aligned_alloc(64, bytes));
+    failed = scratch == nullptr;
+    SAT_OMP("omp for schedule(dynamic)")
+    for (int64_t task = 0; task < tasks; ++task)
+      if (scratch) body(task, scratch);
+    std::free(scratch);
+  }
+  return failed ? SAT_NO_MEMORY : SAT_OK;
+}
+
+// ---------------------------------------------------------------------------------------- forward
+
+// The scratch of a thread in the forward pass, `keys` floats a query for the weights.
+struct ForwardScratch {
+  float *q, *o, *shift, *sum, *factor, *weights, *map;
+
+  static int64_t floats(int64_t width, int64_t strip, int64_t keys, int64_t map_keys) {
+    return strip * (2 * width + 3 + keys + map_keys);
+  }
+  ForwardScratch(float *p, int64_t width, int64_t strip, int64_t keys) {
+    q = p;
+    o = q + width * strip;
+    shift = o + width * strip;
+    sum = shift + strip;
+    factor = sum + strip;
+    weights = factor + strip;
+    map = weights + keys * strip;
+  }
+};
+
+// Unnormalised output and row sums of a strip, with weights exp2(score - shift). keep: the weights
+// of key j stay at weights[j], otherwise each chunk overwrites the last.
+void weigh(const Plan &plan, int64_t batch, int64_t head, int64_t index, bool keep,
+           ForwardScratch &s) {
+  const Call &call = plan.call;
+  const int64_t width = call.problem.width, strip = plan.strip;
+  std::memset(s.sum, 0, strip * sizeof(float));
+  std::memset(s.o, 0, width * strip * sizeof(float));
+  plan.for_each_chunk(index, plan.real_keys(batch), [&](int64_t j, int64_t n) SAT_LAMBDA {
+    float *weights = s.weights + (keep ? j * strip : 0);
+    product(n, strip, at(call.k, batch, head, j), call.k.row_stride, 1, s.q, strip, width,
+            [&](int64_t i, int64_t c, Vec score) SAT_LAMBDA {
+              const Vec p = exp2(score - load(s.shift + c));
+              store(weights + i * strip + c, p);
+              store(s.sum + c, load(s.sum + c) + p);
+            });
+    add_product(width, strip, at(call.v, batch, head, j), 1, call.v.row_stride, weights, strip, n,
+                s.o, strip);
+  });
+}
+
+// shift[r] = the largest score of row r (in units of log 2).
+void find_shift(const Plan &plan, int64_t batch, int64_t head, int64_t index, ForwardScratch &s) {
+  const Call &call = plan.call;
+  for (int64_t r = 0; r < plan.strip; ++r) s.shift[r] = -__builtin_inff();
+  plan.for_each_chunk(index, plan.real_keys(batch), [&](int64_t j, int64_t n) SAT_LAMBDA {
+    product(n, plan.strip, at(call.k, batch, head, j), call.k.row_stride, 1, s.q, plan.strip,
+            call.problem.width, [&](int64_t, int64_t c, Vec score) SAT_LAMBDA {
+              store(s.shift + c, max(score, load(s.shift + c)));
+            });
+  });
+}
+
+// False asks for the shift: a sum far from 1 has lost digits of a small row or overflowed.
+bool in_range(const float *sum, int64_t rows) {
+  bool good = true;
+  for (int64_t r = 0; r < rows; ++r) good &= sum[r] > 0x1p-40f && sum[r] < 0x1p40f;
+  return good;
+}
+
+// One strip of one (batch, head). Returns false if it has nothing to attend to; otherwise factor[r]
+// is 1 / denominator, and 0 for rows that are padding.
+bool forward_strip(const Plan &plan, int64_t batch, int64_t head, int64_t index, bool keep,
+                   ForwardScratch &s) {
+  const Call &call = plan.call;
+  const sat_problem &problem = call.problem;
+  const int64_t width = problem.width, strip = plan.strip, first = index * strip;
+  const int64_t end = least(first + strip, problem.length);
+  float *lse = call.lse + (batch * problem.heads + head) * problem.length;
+
+  int64_t rows = least(plan.real_queries(batch), end) - first;
+  if (rows < 0 || plan.empty(index, plan.real_keys(batch))) rows = 0;
+  clear_rows(call.o, batch, head, first + rows, end, width);
+  for (int64_t i = first + rows; i < end; ++i) lse[i] = -__builtin_inff();
+  if (rows == 0) return false;
+
+  pack(at(call.q, batch, head, first), call.q.row_stride, rows, width, strip,
+       problem.scale * kLog2e, s.q);
+  std::memset(s.shift, 0, strip * sizeof(float));
+  weigh(plan, batch, head, index, keep, s);
+  if (!in_range(s.sum, rows)) {
+    find_shift(plan, batch, head, index, s);
+    weigh(plan, batch, head, index, keep, s);
+  }
+  const float constant = plan.constant(index);
+  for (int64_t c = 0; c < strip; c += kLanes) {
+    const Vec shift = load(s.shift + c), sum = load(s.sum + c);
+    store(s.factor + c, 1.0f / (sum + constant * exp2(-shift)));
+    store(s.sum + c, (shift + log2(sum)) * kLn2);
+  }
+  for (int64_t r = rows; r < strip; ++r) s.factor[r] = 0;
+  std::memcpy(lse + first, s.sum, rows * sizeof(float));
+  unpack(s.o, strip, rows, width, s.factor, at(call.o, batch, head, first), call.o.row_stride);
+  return true;
+}
+
+// A thread owns a strip of the mean map for all batches and heads, so it needs no second copy of it.
+int forward_with_map(const Plan &plan) {
+  const Call &call = plan.call;
+  const int64_t length = call.problem.length, width = call.problem.width, strip = plan.strip;
+  const float share = plan.pairs ? 1.0f / static_cast<float>(plan.pairs) : 0.0f;
+  return parallel(
+      plan.num_strips, call.num_threads, ForwardScratch::floats(width, strip, length, length),
+      [&](int64_t index, float *scratch) {
+        ForwardScratch s(scratch, width, strip, length);
+        std::memset(s.map, 0, length * strip * sizeof(float));
+        for (int64_t pair = 0; pair < plan.pairs; ++pair) {
+          const int64_t batch = pair / call.problem.heads, head = pair % call.problem.heads;
+          if (!forward_strip(plan, batch, head, index, true, s)) continue;
+          const int64_t keys = plan.real_keys(batch);
+          for (int64_t c = 0; c < strip; c += kLanes) {
+            const Vec factor = load(s.factor + c) * share;
+            for (int64_t j = 0; j < keys; ++j) {
+              float *p = s.map + j * strip + c;
+              store(p, load(p) + factor * load(s.weights + j * strip + c));
+            }
+          }
+        }
+        const int64_t first = index * strip, rows = least(strip, length - first);
+        for (int64_t r = 0; r < rows; ++r) s.factor[r] = 1;
+        unpack(s.map, strip, rows, length, s.factor, call.map + first * length, length);
+      });
+}
+
+int forward(const Call &call) {
+  const Plan plan(call);
+  if (call.map) return forward_with_map(plan);
+  const int64_t width = call.problem.width, strip = plan.strip;
+  return parallel(plan.pairs * plan.num_strips, call.num_threads,
+                  ForwardScratch::floats(width, strip, strip, 0),
+                  [&](int64_t task, float *scratch) {
+                    ForwardScratch s(scratch, width, strip, strip);
+                    const int64_t pair = task / plan.num_strips;
+                    forward_strip(plan, pair / call.problem.heads, pair % call.problem.heads,
+                                  task % plan.num_strips, false, s);
+                  });
+}
+
+// --------------------------------------------------------------------------------------- backward
+
+struct BackwardScratch {
+  float *q, *d_o, *dq, *norm, *delta, *weights, *d_scores;
+
+  static int64_t floats(int64_t width, int64_t strip) {
+    return strip * (3 * width + 2 + 2 * strip);
+  }
+  BackwardScratch(float *p, int64_t width, int64_t strip) {
+    q = p;
+    d_o = q + width * strip;
+    dq = d_o + width * strip;
+    norm = dq + width * strip;
+    delta = norm + strip;
+    weights = delta + strip;
+    d_scores = weights + strip * strip;
+  }
+};
+
+// Packs a strip; returns the number of its rows that have a gradient.
+int64_t prepare(const Plan &plan, int64_t batch, int64_t head, int64_t index, BackwardScratch &s) {
+  const Call &call = plan.call;
+  const sat_problem &problem = call.problem;
+  const int64_t width = problem.width, strip = plan.strip, first = index * strip;
+  const int64_t rows = least(plan.real_queries(batch) - first, strip);
+  if (rows <= 0 || plan.empty(index, plan.real_keys(batch))) return 0;
+  pack(at(call.q, batch, head, first), call.q.row_stride, rows, width, strip,
+       problem.scale * kLog2e, s.q);
+  pack(at(call.d_o, batch, head, first), call.d_o.row_stride, rows, width, strip, problem.scale,
+       s.d_o);
+
+  std::memset(s.norm, 0, strip * sizeof(float));
+  std::memset(s.delta, 0, strip * sizeof(float));
+  std::memcpy(s.norm, call.lse + (batch * problem.heads + head) * problem.length + first,
+              rows * sizeof(float));
+  for (int64_t r = 0; r < rows; ++r) {
+    const float *o = at(call.o, batch, head, first + r), *d_o = at(call.d_o, batch, head, first + r);
+    Vec sum = {};
+    for (int64_t d = 0; d < width; d += kLanes) sum += load(o + d) * load(d_o + d);
+    float total = 0;
+    for (int64_t lane = 0; lane < kLanes; ++lane) total += sum[lane];
+    s.delta[r] = total * problem.scale;
+  }
+
+  // log2(exp2(a) + c) without overflow
+  const float constant = plan.constant(index);
+  const Vec log_constant = constant > 0 ? log2(splat(constant)) : splat(-__builtin_inff());
+  for (int64_t c = 0; c < strip; c += kLanes) {
+    const Vec lse = load(s.norm + c) * kLog2e;
+    const Vec high = max(log_constant, lse), low = min(log_constant, lse);
+    store(s.norm + c, constant > 0 ? high + log2(1.0f + exp2(low - high)) : lse);
+  }
+  return rows;
+}
+
+// The part of a strip and n keys from key j on in dQ (query_side) and in dK and dV (key_side).
+// Both ways of `backward` go through this one function, so that both give the same bits.
+__attribute__((noinline)) void backward_tile(const Plan &plan, int64_t batch, int64_t head,
+                                             int64_t index, int64_t rows, int64_t j, int64_t n,
+                                             bool query_side, bool key_side, BackwardScratch &s) {
+  const Call &call = plan.call;
+  const int64_t width = call.problem.width, strip = plan.strip, first = index * strip;
+  const float *k = at(call.k, batch, head, j);
+  product(n, strip, k, call.k.row_stride, 1, s.q, strip, width,
+          [&](int64_t i, int64_t c, Vec score) SAT_LAMBDA {
+            store(s.weights + i * strip + c, exp2(score - load(s.norm + c)));
+          });
+  product(n, strip, at(call.v, batch, head, j), call.v.row_stride, 1, s.d_o, strip, width,
+          [&](int64_t i, int64_t c, Vec d_weight) SAT_LAMBDA {
+            const Vec p = load(s.weights + i * strip + c);
+            store(s.d_scores + i * strip + c, p * (d_weight - load(s.delta + c)));
+          });
+  if (query_side)
+    add_product(width, strip, k, 1, call.k.row_stride, s.d_scores, strip, n, s.dq, strip);
+  if (key_side) {
+    add_product(n, width, s.weights, strip, 1, at(call.d_o, batch, head, first),
+                call.d_o.row_stride, rows, at(call.dv, batch, head, j), call.dv.row_stride);
+    add_product(n, width, s.d_scores, strip, 1, at(call.q, batch, head, first),
+                call.q.row_stride, rows, at(call.dk, batch, head, j), call.dk.row_stride);
+  }
+}
+
+// dQ of a strip, and with key_side its part of dK and dV.
+void backward_strip(const Plan &plan, int64_t batch, int64_t head, int64_t index, bool key_side,
+                    BackwardScratch &s) {
+  const Call &call = plan.call;
+  const int64_t width = call.problem.width, strip = plan.strip, first = index * strip;
+  const int64_t rows = prepare(plan, batch, head, index, s);
+  clear_rows(call.dq, batch, head, first + rows, least(first + strip, call.problem.length), width);
+  if (rows == 0) return;
+  std::memset(s.dq, 0, width * strip * sizeof(float));
+  plan.for_each_chunk(index, plan.real_keys(batch), [&](int64_t j, int64_t n) {
+    backward_tile(plan, batch, head, index, rows, j, n, true, key_side, s);
+  });
+  for (int64_t r = 0; r < rows; ++r) s.norm[r] = 1;
+  unpack(s.dq, strip, rows, width, s.norm, at(call.dq, batch, head, first), call.dq.row_stride);
+}
+
+// dK and dV of a chunk.
+void backward_chunk(const Plan &plan, int64_t batch, int64_t head, int64_t chunk,
+                    BackwardScratch &s) {
+  const Call &call = plan.call;
+  const int64_t first = chunk * plan.strip;
+  const int64_t end = least(first + plan.strip, call.problem.length);
+  clear_rows(call.dk, batch, head, first, end, call.problem.width);
+  clear_rows(call.dv, batch, head, first, end, call.problem.width);
+  const int64_t keys = least(plan.real_keys(batch), end) - first;
+  if (keys <= 0) return;
+  plan.for_each_strip(chunk, [&](int64_t index) {
+    const int64_t rows = prepare(plan, batch, head, index, s);
+    if (rows > 0) backward_tile(plan, batch, head, index, rows, first, keys, false, true, s);
+  });
+}
+
+// With a (batch, head) for every thread one pass of five products; with fewer, a pass over strips
+// for dQ and one over chunks for dK and dV, seven products that more threads can share.
+int backward(const Call &call) {
+  const Plan plan(call);
+  const int64_t width = call.problem.width, heads = call.problem.heads, strip = plan.strip;
+  const int64_t length = call.problem.length, floats = BackwardScratch::floats(width, strip);
+  if (plan.pairs >= call.num_threads)
+    return parallel(plan.pairs, call.num_threads, floats, [&](int64_t pair, float *scratch) {
+      BackwardScratch s(scratch, width, strip);
+      const int64_t batch = pair / heads, head = pair % heads;
+      clear_rows(call.dk, batch, head, 0, length, width);
+      clear_rows(call.dv, batch, head, 0, length, width);
+      for (int64_t index = 0; index < plan.num_strips; ++index)
+        backward_strip(plan, batch, head, index, true, s);
+    });
+  const int64_t half = plan.pairs * plan.num_strips;
+  return parallel(2 * half, call.num_threads, floats, [&](int64_t task, float *scratch) {
+    BackwardScratch s(scratch, width, strip);
+    const int64_t pair = task % half / plan.num_strips, index = task % plan.num_strips;
+    if (task < half)
+      backward_strip(plan, pair / heads, pair % heads, index, false, s);
+    else
+      backward_chunk(plan, pair / heads, pair % heads, index, s);
+  });
+}
+
+}  // namespace
+
+#define SAT_QUOTE_(x) #x
+#define SAT_QUOTE(x) SAT_QUOTE_(x)
+#if defined(__aarch64__)
+const InstructionSet instruction_set = {"neon", SAT_LANES, forward, backward};
+#else
+const InstructionSet instruction_set = {SAT_QUOTE(SAT_SET), SAT_LANES, forward, backward};
+#endif
+
+}  // namespace SAT_SET
+}  // namespace sat

@@ -1,0 +1,138 @@
+"""Attention behind one door: block_sparse_attention and dense_attention, the same numbers everywhere.
+
+Backends: `reference` (plain PyTorch, any device and dtype), `cpu` and `cuda` (compiled kernels of
+csrc/, float32). "auto" takes the kernels of the tensors' device once they have been checked against
+`reference` in this process; `selected_backend(device_type)` names the choice, `python -m
+sat.backends` prints all of them.
+
+The kernel libraries come from the folder $SAT_KERNELS or the newest results/<run>/kernels.
+"""
+
+import torch
+
+from sat.attention.blocks import block_csr
+from sat.attention.kernels import DENOMINATORS
+from sat.attention.selection import resolve, run_block_sparse, run_dense, selected_backend
+
+__all__ = ["block_csr", "block_sparse_attention", "dense_attention", "selected_backend"]
+
+
+def block_sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_mask: torch.Tensor,
+    *,
+    block_size: int,
+    lengths: torch.Tensor | None = None,
+    denominator: str = "zero_logits",
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str = "auto",
+):
+    """softmax(q kᵀ / √D) v over the selected blocks only.
+
+    With J_i the real keys in the blocks selected for row i and n_i the selected keys, padded ones
+    counted (Yoon et al., IEEE Access 12, 2024, and the authors' code):
+
+        zero_logits    p_ij = exp(s_ij) / (Σ_{j∈J_i} exp(s_ij) + N − n_i)
+        renormalised   p_ij = exp(s_ij) / Σ_{j∈J_i} exp(s_ij)
+
+    Args:
+        q, k, v: [B, H, N, D], any batch, head and row strides; N a multiple of block_size.
+        block_mask: bool [N/block_size, N/block_size], True where selected; for all batches and
+            heads. Its CSR is kept as long as the tensor is not written to.
+        lengths: integer [B], real tokens of each sequence, in [0, N]. Padded keys get no weight,
+            padded query rows give 0. Checked when on the CPU; on a GPU, where a check would wait
+            for the device, kernels clamp them to [0, N].
+        denominator: "zero_logits" or "renormalised".
+        dropout_p: dropout on the probabilities; only `reference` has it.
+        return_lse: also return log Σ_{j∈J_i} exp(s_ij) [B, H, N] (-inf for rows that give 0,
+            whatever the denominator), which carries no gradient.
+        backend: "auto", "reference", "cpu" or "cuda".
+
+    Returns: [B, H, N, D], or (that, lse).
+    Raises: ValueError that says what was expected.
+    """
+    _check_qkv(q, k, v, dropout_p)
+    length = q.shape[2]
+    if block_size < 1 or length % block_size:
+        raise ValueError(f"block_size: expected a divisor of the length {length}, got {block_size}")
+    num_blocks = length // block_size
+    if block_mask.dtype != torch.bool or tuple(block_mask.shape) != (num_blocks, num_blocks):
+        raise ValueError(
+            f"block_mask: expected torch.bool [{num_blocks}, {num_blocks}] for length {length} and "
+            f"block size {block_size}, got {block_mask.dtype} {list(block_mask.shape)}"
+        )
+    if denominator not in DENOMINATORS:
+        raise ValueError(
+            f"denominator: expected one of {', '.join(DENOMINATORS)}, got {denominator!r}"
+        )
+    lengths = _check_lengths(lengths, q)
+    backend = resolve(backend, q, block_size, dropout_p)
+    o, lse = run_block_sparse(
+        backend, q, k, v, block_mask, block_size, lengths, denominator, dropout_p
+    )
+    return (o, lse.detach()) if return_lse else o
+
+
+def dense_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    lengths: torch.Tensor | None = None,
+    padded_queries: str = "zero",
+    return_map: bool = False,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+):
+    """softmax(q kᵀ / √D) v over all real keys.
+
+    Args:
+        q, k, v, lengths, dropout_p, backend: as for block_sparse_attention; any N.
+        padded_queries: "zero": rows from `lengths` on give 0, in the map too. "attend": they attend
+            to the real keys as any other row, as in SAT's dense phase.
+        return_map: also return the mean attention map over batch and heads, float32 [N, N], before
+            dropout and without a gradient. No [B, H, N, N] tensor is made for it.
+
+    Returns: [B, H, N, D], or (that, map).
+    Raises: ValueError that says what was expected.
+    """
+    _check_qkv(q, k, v, dropout_p)
+    if padded_queries not in ("zero", "attend"):
+        raise ValueError(f"padded_queries: expected zero or attend, got {padded_queries!r}")
+    lengths = _check_lengths(lengths, q)
+    backend = resolve(backend, q, None, dropout_p)
+    o, mean_map = run_dense(backend, q, k, v, lengths, padded_queries, return_map, dropout_p)
+    return (o, mean_map.detach()) if return_map else o
+
+
+def _check_qkv(q, k, v, dropout_p) -> None:
+    if q.dim() != 4 or not q.is_floating_point():
+        raise ValueError(f"q: expected floating point [B, H, N, D], got {q.dtype} {list(q.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        if (x.shape, x.dtype, x.device) != (q.shape, q.dtype, q.device):
+            raise ValueError(
+                f"{name}: expected {q.dtype} {list(q.shape)} on {q.device} as q, "
+                f"got {x.dtype} {list(x.shape)} on {x.device}"
+            )
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p}")
+
+
+def _check_lengths(lengths, q) -> torch.Tensor | None:
+    """lengths as contiguous int32 on the device of q."""
+    if lengths is None:
+        return None
+    if lengths.is_floating_point() or tuple(lengths.shape) != (q.shape[0],):
+        raise ValueError(
+            f"lengths: expected integers [{q.shape[0]}], got {lengths.dtype} {list(lengths.shape)}"
+        )
+    if lengths.device.type == "cpu" and len(lengths):
+        low, high = lengths.aminmax()
+        if low < 0 or high > q.shape[2]:
+            raise ValueError(
+                f"lengths: expected values in [0, {q.shape[2]}], got {int(low)} to {int(high)}"
+            )
+    return lengths.to(q.device, torch.int32).contiguous()

@@ -1,0 +1,319 @@
+"""The compiled kernels of csrc/ as torch.library operators: backends `cpu` and `cuda`.
+
+The operators sat::block_sparse and sat::dense and their backwards take float32 tensors whose last
+dimension is contiguous; ctypes hands pointers and strides to libsat_cpu.so or libsat_cuda.so. They
+check nothing: sat.attention does.
+"""
+
+import ctypes
+import functools
+import hashlib
+import json
+import os
+from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+from sat.attention.blocks import block_csr
+
+ABI_VERSION = 1
+BLOCK_SIZES = (16, 32, 64)
+DENOMINATORS = ("zero_logits", "renormalised")  # in the order of the C enum
+MAX_CUDA_WIDTH = 256
+BUILD_COMMAND = "snakemake --cores 1 kernels"
+PROJECT = Path(__file__).resolve().parents[2]
+
+ERRORS = {-1: "bad argument", -2: "out of memory", -3: "not supported"}
+
+
+class KernelLibraryError(Exception):
+    """A kernel library that cannot be used; the text says why."""
+
+
+class _Tensor(Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("batch_stride", c_int64),
+        ("head_stride", c_int64),
+        ("row_stride", c_int64),
+    ]
+
+
+class _Problem(Structure):
+    _fields_ = [
+        ("batch", c_int64),
+        ("heads", c_int64),
+        ("length", c_int64),
+        ("width", c_int64),
+        ("key_lengths", c_void_p),
+        ("query_lengths", c_void_p),
+        ("scale", c_float),
+        ("denominator", c_int32),
+    ]
+
+
+class _Blocks(Structure):
+    _fields_ = [
+        ("block_size", c_int64),
+        ("row_ptr", c_void_p),
+        ("col_idx", c_void_p),
+        ("col_ptr", c_void_p),
+        ("row_idx", c_void_p),
+    ]
+
+
+_P, _B, _T = POINTER(_Problem), POINTER(_Blocks), POINTER(_Tensor)
+_SIGNATURES = {
+    "sat_block_sparse_forward": [_P, _B, *[_T] * 4, c_void_p, c_void_p],
+    "sat_block_sparse_backward": [_P, _B, *[_T] * 4, c_void_p, *[_T] * 4, c_void_p, c_void_p],
+    "sat_dense_forward": [_P, *[_T] * 4, c_void_p, c_void_p, c_void_p],
+    "sat_dense_backward": [_P, *[_T] * 4, c_void_p, *[_T] * 4, c_void_p, c_void_p],
+}
+
+
+def kernels_folder() -> Path | None:
+    """$SAT_KERNELS, else the newest results/<run>/kernels that holds a library, else None."""
+    if os.environ.get("SAT_KERNELS"):
+        return Path(os.environ["SAT_KERNELS"])
+    found = PROJECT.glob("results/*/kernels/libsat_cpu.so")
+    newest = max(found, key=lambda path: (path.stat().st_mtime_ns, str(path)), default=None)
+    return newest and newest.parent
+
+
+@functools.cache
+def load_library(device_type: str) -> ctypes.CDLL:
+    """libsat_<device_type>.so; raises KernelLibraryError that says what to do."""
+    folder = kernels_folder()
+    if folder is None:
+        raise KernelLibraryError(f"no kernel library found; build it with: {BUILD_COMMAND}")
+    path, rebuild = folder / f"libsat_{device_type}.so", f"build it anew with: {BUILD_COMMAND}"
+    try:
+        record = json.loads((folder / "kernels.json").read_text(encoding="utf-8"))[device_type]
+        if not record["built"]:
+            raise KernelLibraryError(f"{path.name} was not built: {record['reason']}")
+        content = path.read_bytes()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise KernelLibraryError(f"{path}: {error!r}; {rebuild}") from error
+    # Before loading: the loader of a truncated library can end the process.
+    if hashlib.sha256(content).hexdigest() != record.get("sha256"):
+        raise KernelLibraryError(f"{path} is not the file that kernels.json describes; {rebuild}")
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.sat_abi_version()
+        if version != ABI_VERSION:
+            raise KernelLibraryError(
+                f"{path} has interface version {version}, expected {ABI_VERSION}; {rebuild}"
+            )
+        for name, arguments in _SIGNATURES.items():
+            getattr(library, name).argtypes = arguments
+            getattr(library, name).restype = c_int
+        library.sat_instruction_set.restype = ctypes.c_char_p
+        library.sat_use_instruction_set.argtypes = [ctypes.c_char_p]
+    except (OSError, AttributeError) as error:
+        raise KernelLibraryError(f"{path} cannot be loaded: {error}; {rebuild}") from error
+    return library
+
+
+def instruction_set(device_type: str) -> str:
+    """Name of the instruction set that the library of a device uses, e.g. "avx2"."""
+    return load_library(device_type).sat_instruction_set().decode()
+
+
+def _tensor(x: torch.Tensor) -> _Tensor:
+    return _Tensor(x.data_ptr(), *x.stride()[:3])
+
+
+def _problem(q: torch.Tensor, key_lengths, query_lengths, denominator: str) -> _Problem:
+    return _Problem(
+        *q.shape,
+        None if key_lengths is None else key_lengths.data_ptr(),
+        None if query_lengths is None else query_lengths.data_ptr(),
+        q.shape[-1] ** -0.5,
+        DENOMINATORS.index(denominator),
+    )
+
+
+def _call(name: str, like: torch.Tensor, *arguments) -> None:
+    device_type = like.device.type
+    library = load_library(device_type)
+    if device_type == "cuda":
+        with torch.cuda.device(like.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            status = getattr(library, name)(*arguments, stream)
+    else:
+        library.sat_set_num_threads(torch.get_num_threads())
+        status = getattr(library, name)(*arguments, None)
+    if status:
+        raise RuntimeError(f"{name} on {device_type}: {ERRORS.get(status, f'error {status}')}")
+
+
+def _new_like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _blocks(csr, block_size: int) -> _Blocks:
+    return _Blocks(block_size, *(x.data_ptr() for x in csr))
+
+
+@torch.library.custom_op("sat::block_sparse", mutates_args=(), device_types=("cpu", "cuda"))
+def block_sparse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_mask: torch.Tensor,
+    lengths: torch.Tensor | None,
+    block_size: int,
+    denominator: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [B, H, N, D] and log-sum-exp [B, H, N]; lengths int32 [B]."""
+    o, lse = _new_like(q), q.new_empty(q.shape[:3])
+    csr = block_csr(block_mask, q.device)
+    problem = _problem(q, lengths, lengths, denominator)
+    _call(
+        "sat_block_sparse_forward",
+        q,
+        byref(problem),
+        byref(_blocks(csr, block_size)),
+        *(byref(_tensor(x)) for x in (q, k, v, o)),
+        lse.data_ptr(),
+    )
+    return o, lse
+
+
+@block_sparse.register_fake
+def _(q, k, v, block_mask, lengths, block_size, denominator):
+    return _new_like(q), q.new_empty(q.shape[:3])
+
+
+@torch.library.custom_op(
+    "sat::block_sparse_backward", mutates_args=(), device_types=("cpu", "cuda")
+)
+def block_sparse_backward(
+    d_o: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    block_mask: torch.Tensor,
+    lengths: torch.Tensor | None,
+    block_size: int,
+    denominator: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv [B, H, N, D]."""
+    gradients = _new_like(q), _new_like(k), _new_like(v)
+    csr = block_csr(block_mask, q.device)
+    delta = torch.empty_like(lse) if q.is_cuda else None
+    problem = _problem(q, lengths, lengths, denominator)
+    _call(
+        "sat_block_sparse_backward",
+        q,
+        byref(problem),
+        byref(_blocks(csr, block_size)),
+        *(byref(_tensor(x)) for x in (q, k, v, o)),
+        lse.data_ptr(),
+        *(byref(_tensor(x)) for x in (_last_contiguous(d_o), *gradients)),
+        None if delta is None else delta.data_ptr(),
+    )
+    return gradients
+
+
+@block_sparse_backward.register_fake
+def _(d_o, q, k, v, o, lse, block_mask, lengths, block_size, denominator):
+    return _new_like(q), _new_like(k), _new_like(v)
+
+
+def _block_sparse_setup(ctx, inputs, output):
+    q, k, v, block_mask, lengths, ctx.block_size, ctx.denominator = inputs
+    ctx.save_for_backward(q, k, v, *output, block_mask, lengths)
+
+
+def _block_sparse_gradients(ctx, d_o, _):
+    q, k, v, o, lse, block_mask, lengths = ctx.saved_tensors
+    gradients = block_sparse_backward(
+        d_o, q, k, v, o, lse, block_mask, lengths, ctx.block_size, ctx.denominator
+    )
+    return *gradients, None, None, None, None
+
+
+block_sparse.register_autograd(_block_sparse_gradients, setup_context=_block_sparse_setup)
+
+
+@torch.library.custom_op("sat::dense", mutates_args=(), device_types=("cpu", "cuda"))
+def dense(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_lengths: torch.Tensor | None,
+    query_lengths: torch.Tensor | None,
+    return_map: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output [B, H, N, D], log-sum-exp [B, H, N], mean map [N, N] (empty without return_map)."""
+    o, lse = _new_like(q), q.new_empty(q.shape[:3])
+    mean_map = q.new_empty(q.shape[2:3] * 2 if return_map else 0)
+    problem = _problem(q, key_lengths, query_lengths, "renormalised")
+    _call(
+        "sat_dense_forward",
+        q,
+        byref(problem),
+        *(byref(_tensor(x)) for x in (q, k, v, o)),
+        lse.data_ptr(),
+        mean_map.data_ptr() if return_map else None,
+    )
+    return o, lse, mean_map
+
+
+@dense.register_fake
+def _(q, k, v, key_lengths, query_lengths, return_map):
+    mean_map = q.new_empty(q.shape[2:3] * 2 if return_map else 0)
+    return _new_like(q), q.new_empty(q.shape[:3]), mean_map
+
+
+@torch.library.custom_op("sat::dense_backward", mutates_args=(), device_types=("cpu", "cuda"))
+def dense_backward(
+    d_o: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    key_lengths: torch.Tensor | None,
+    query_lengths: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv [B, H, N, D]."""
+    gradients = _new_like(q), _new_like(k), _new_like(v)
+    delta = torch.empty_like(lse) if q.is_cuda else None
+    problem = _problem(q, key_lengths, query_lengths, "renormalised")
+    _call(
+        "sat_dense_backward",
+        q,
+        byref(problem),
+        *(byref(_tensor(x)) for x in (q, k, v, o)),
+        lse.data_ptr(),
+        *(byref(_tensor(x)) for x in (_last_contiguous(d_o), *gradients)),
+        None if delta is None else delta.data_ptr(),
+    )
+    return gradients
+
+
+@dense_backward.register_fake
+def _(d_o, q, k, v, o, lse, key_lengths, query_lengths):
+    return _new_like(q), _new_like(k), _new_like(v)
+
+
+def _dense_setup(ctx, inputs, output):
+    q, k, v, key_lengths, query_lengths, _ = inputs
+    o, lse, _ = output
+    ctx.save_for_backward(q, k, v, o, lse, key_lengths, query_lengths)
+
+
+def _dense_gradients(ctx, d_o, *_):
+    return *dense_backward(d_o, *ctx.saved_tensors), None, None, None
+
+
+dense.register_autograd(_dense_gradients, setup_context=_dense_setup)

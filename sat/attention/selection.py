@@ -1,0 +1,147 @@
+"""Which backend computes attention: availability, check against `reference`, choice.
+
+A kernel library is trusted after it has given the numbers of `reference` on small shapes, forward
+and backward, in this process on this machine.
+"""
+
+import functools
+import logging
+
+import torch
+
+from sat.attention import kernels, reference
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("cuda", "cpu", "reference")  # fastest first
+TOLERANCE = 1e-5  # largest error against float64, relative to the largest value
+
+
+def unavailable(backend: str) -> str | None:
+    """Why a backend cannot be used on this machine, or None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "cuda" and not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    try:
+        kernels.load_library(backend)
+    except kernels.KernelLibraryError as error:
+        return str(error)
+    return None
+
+
+def run_block_sparse(backend, q, k, v, block_mask, block_size, lengths, denominator, dropout_p):
+    """Output and log-sum-exp from a backend, which is not "auto"."""
+    if backend == "reference":
+        return reference.block_sparse_attention(
+            q, k, v, block_mask, block_size, lengths, denominator, dropout_p
+        )
+    q, k, v = (kernels._last_contiguous(x) for x in (q, k, v))
+    return kernels.block_sparse(q, k, v, block_mask, lengths, block_size, denominator)
+
+
+def run_dense(backend, q, k, v, lengths, padded_queries, return_map, dropout_p):
+    """Output and mean map (or None) from a backend, which is not "auto"."""
+    if backend == "reference":
+        return reference.dense_attention(q, k, v, lengths, padded_queries, return_map, dropout_p)
+    q, k, v = (kernels._last_contiguous(x) for x in (q, k, v))
+    query_lengths = lengths if padded_queries == "zero" else None
+    o, _, mean_map = kernels.dense(q, k, v, lengths, query_lengths, return_map)
+    return o, mean_map if return_map else None
+
+
+def _check_cases():
+    """Functions (backend, q, k, v, lengths) -> list of outputs, on [3, 2, 128, 32]."""
+    mask = torch.rand(4, 4, generator=torch.Generator().manual_seed(1)) < 0.5
+    mask[0], mask[1], mask[2, 0] = False, True, True
+    for denominator in kernels.DENOMINATORS:
+        yield lambda backend, q, k, v, lengths, denominator=denominator: run_block_sparse(
+            backend, q, k, v, mask.to(q.device), 32, lengths, denominator, 0.0
+        )[:1]
+    for padded in ("zero", "attend"):
+        yield lambda backend, q, k, v, lengths, padded=padded: run_dense(
+            backend, q, k, v, lengths, padded, True, 0.0
+        )
+
+
+def largest_error(backend: str) -> float:
+    """Largest error of a backend's values and gradients against `reference` in float64.
+
+    Relative to the largest value of each tensor; inf if something is not finite.
+    """
+    device = "cuda" if backend == "cuda" else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(3, 2, 128, 32, generator=generator) for _ in range(4)]
+    lengths = torch.tensor([128, 75, 0], dtype=torch.int32)
+    error = 0.0
+    with torch.enable_grad():
+        for case in _check_cases():
+            results = []
+            for name, place, dtype in (
+                ("reference", "cpu", torch.float64),
+                (backend, device, torch.float32),
+            ):
+                q, k, v, d_o = (x.to(place, dtype) for x in inputs)
+                leaves = [x.requires_grad_() for x in (q, k, v)]
+                outputs = case(name, *leaves, lengths.to(place))
+                gradients = torch.autograd.grad(outputs[0], leaves, d_o)
+                results.append([x.detach().cpu().double() for x in (*outputs, *gradients)])
+            for expected, got in zip(*results, strict=True):
+                difference = ((got - expected).abs().max() / expected.abs().max()).item()
+                error = max(error, difference if difference == difference else float("inf"))
+    return error
+
+
+@functools.cache
+def _choose(device_type: str) -> str:
+    """Checks the backend of a device once; logs and returns the choice."""
+    if device_type in ("cpu", "cuda"):
+        reason = unavailable(device_type)
+        if reason is None:
+            error = largest_error(device_type)
+            if error <= TOLERANCE:
+                name = kernels.instruction_set(device_type)
+                logger.info("attention on %s: kernels (%s)", device_type, name)
+                return device_type
+            reason = f"its kernels differ from reference by {error:.1e}, allowed {TOLERANCE:.0e}"
+        logger.warning("attention on %s: plain PyTorch, which is slow: %s", device_type, reason)
+    return "reference"
+
+
+@torch.compiler.assume_constant_result
+def selected_backend(device_type: str) -> str:
+    """The backend that "auto" uses for float32 tensors on a device: "cpu", "cuda" or "reference"."""
+    return _choose(device_type)
+
+
+def resolve(backend: str, q: torch.Tensor, block_size: int | None, dropout_p: float) -> str:
+    """The backend of a call. ValueError if the one asked for cannot do it."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "reference":
+        return backend
+    device_type = q.device.type if backend == "auto" else backend
+    obstacle = _obstacle(device_type, q, block_size, dropout_p)
+    if backend == "auto":
+        return "reference" if obstacle else selected_backend(device_type)
+    if obstacle is None:
+        obstacle = unavailable(backend)
+    if obstacle:
+        raise ValueError(f"backend {backend!r} cannot be used: {obstacle}")
+    return backend
+
+
+def _obstacle(device_type, q, block_size, dropout_p) -> str | None:
+    """Why the kernels of a device cannot compute a call, or None."""
+    width = q.shape[-1]
+    if q.device.type != device_type:
+        return f"the tensors are on {q.device.type}"
+    if q.dtype != torch.float32:
+        return f"it takes torch.float32, got {q.dtype}"
+    if dropout_p > 0:
+        return "it has no dropout"
+    if width % 8 or (device_type == "cuda" and width > kernels.MAX_CUDA_WIDTH):
+        return f"head width {width} is not a multiple of 8 or too large"
+    if block_size is not None and block_size not in kernels.BLOCK_SIZES:
+        return f"block size {block_size} is not one of {kernels.BLOCK_SIZES}"
+    return None

@@ -1,0 +1,205 @@
+"""Compile csrc/ into libsat_cpu.so and, where nvcc is, libsat_cuda.so.
+
+    python workflow/scripts/build_kernels.py --source csrc --output-dir results/lra/kernels
+
+Run it with a Python whose environment has cmake and ninja (envs/torch.yaml). It writes the libraries
+and kernels.json, which says how each was built and holds its SHA-256: sat/ loads no library that
+differs from it. A failed build leaves the folder without libraries and with the full build.log.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+CUDA_ARCHITECTURES = (
+    "75-real;80-real;90"  # 90 also as PTX, which newer GPUs compile when they load it
+)
+EXCERPT_LINES = 15
+
+NO_COMPILER = """no C++ compiler found (looked for $CXX, c++, g++ and clang++). Install one and run this again:
+  Debian, Ubuntu: apt-get install g++
+  Fedora:         dnf install gcc-c++
+  conda:          conda install -c conda-forge cxx-compiler
+  macOS:          xcode-select --install"""
+
+
+class BuildError(Exception):
+    """What the user can mend; its text is the whole message."""
+
+
+def find_tool(name: str) -> str:
+    """Path of a build tool beside this Python, or on PATH."""
+    beside = Path(sys.executable).parent / name
+    path = str(beside) if beside.exists() else shutil.which(name)
+    if path is None:
+        raise BuildError(f"{name} not found: run this in the environment of envs/torch.yaml")
+    return path
+
+
+def find_cxx() -> str:
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for candidate in candidates:
+        if path := shutil.which(candidate.split()[0]):
+            return path
+    raise BuildError(NO_COMPILER)
+
+
+def find_nvcc() -> str | None:
+    for candidate in (os.environ.get("CUDACXX"), "nvcc"):
+        if candidate and (path := shutil.which(candidate)):
+            return path
+    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda"):
+        if home and (path := shutil.which("nvcc", path=str(Path(home) / "bin"))):
+            return path
+    return None
+
+
+def run(command: list[str], log: Path) -> None:
+    """Runs a build step, appends what it says to `log`, raises BuildError with an excerpt."""
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"$ {' '.join(command)}\n{done.stdout}\n")
+    if done.returncode:
+        lines = [line for line in done.stdout.splitlines() if line.strip()]
+        errors = [i for i, line in enumerate(lines) if "error" in line.lower()]
+        start = max(errors[0] - 1, 0) if errors else max(len(lines) - EXCERPT_LINES, 0)
+        excerpt = "\n".join(f"  {line}" for line in lines[start : start + EXCERPT_LINES])
+        raise BuildError(f"{Path(command[0]).name} failed; the full log is {log}\n{excerpt}")
+
+
+def build(
+    source: Path, folder: Path, log: Path, name: str, options: list[str]
+) -> tuple[Path, dict]:
+    """Configures and compiles one library below `folder`: its path and what CMake says of it."""
+    folder = folder / name
+    run(
+        [
+            find_tool("cmake"),
+            f"-S{source.resolve()}",
+            f"-B{folder.resolve()}",
+            "-GNinja",
+            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_CXX_COMPILER={find_cxx()}",
+            *options,
+        ],
+        log,
+    )
+    run([find_tool("cmake"), "--build", str(folder.resolve())], log)
+    return folder / f"libsat_{name}.so", json.loads((folder / f"{name}.json").read_text())
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def build_cpu(source: Path, folder: Path, log: Path) -> tuple[Path, dict]:
+    library, facts = build(source, folder, log, "cpu", ["-DSAT_CPU=ON", "-DSAT_CUDA=OFF"])
+    sets = [entry.split("|") for entry in facts["sets"]]
+    record = {
+        "built": True,
+        "compiler": facts["compiler"],
+        "version": facts["version"],
+        "openmp": facts["openmp"] or None,
+        "flags": facts["flags"],
+        "instruction_sets": {name: flags.replace(",", " ") for name, _, flags in sets},
+        "sha256": sha256(library),
+    }
+    return library, record
+
+
+def build_cuda(
+    source: Path, folder: Path, log: Path, mode: str, architectures: str
+) -> tuple[Path | None, dict]:
+    """Like build_cpu; with mode "auto" a missing or failing nvcc is recorded, not raised."""
+    if mode == "off":
+        return None, {"built": False, "reason": "switched off"}
+    nvcc = find_nvcc()
+    try:
+        if nvcc is None:
+            raise BuildError("nvcc not found (looked for $CUDACXX, PATH, $CUDA_HOME)")
+        options = [
+            "-DSAT_CPU=OFF",
+            "-DSAT_CUDA=ON",
+            f"-DCMAKE_CUDA_COMPILER={nvcc}",
+            f"-DCMAKE_CUDA_ARCHITECTURES={architectures}",
+        ]
+        library, facts = build(source, folder, log, "cuda", options)
+    except BuildError as error:
+        if mode == "required":
+            raise
+        if nvcc is None:
+            return None, {"built": False, "reason": "nvcc not found"}
+        print(f"warning: no CUDA library: {error}", file=sys.stderr)
+        return None, {"built": False, "reason": "nvcc failed, see build.log"}
+    record = {
+        "built": True,
+        "nvcc": facts["nvcc"],
+        "architectures": architectures.split(";"),
+        "sha256": sha256(library),
+    }
+    return library, record
+
+
+def build_kernels(source: Path, output_dir: Path, cuda: str, architectures: str) -> dict:
+    """Builds what `cuda` ("auto", "off", "required") asks for into `output_dir`.
+
+    Returns the content of kernels.json. Raises BuildError; then no library is left there.
+    """
+    if not (source / "CMakeLists.txt").is_file():
+        raise BuildError(f"{source}: expected the kernel sources with a CMakeLists.txt")
+    find_cxx()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("kernels.json", "libsat_cpu.so", "libsat_cuda.so", "build.log"):
+        (output_dir / name).unlink(missing_ok=True)
+    # A fixed name: it gets into the objects, and two builds should give the same bytes.
+    folder, log = output_dir / "build.tmp", output_dir / "build.log"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        cpu_library, cpu = build_cpu(source, folder, log)
+        cuda_library, cuda_record = build_cuda(source, folder, log, cuda, architectures)
+        record = {"schema_version": 1, "cpu": cpu, "cuda": cuda_record}
+        for library in filter(None, (cpu_library, cuda_library)):
+            os.replace(library, output_dir / library.name)
+        text = json.dumps(record, indent=2, sort_keys=True) + "\n"
+        (folder / "kernels.json").write_text(text, encoding="utf-8")
+        os.replace(folder / "kernels.json", output_dir / "kernels.json")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if "build.log" not in cuda_record.get("reason", ""):
+        log.unlink()
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--source", type=Path, required=True, help="the folder csrc")
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument(
+        "--cuda",
+        choices=("auto", "off", "required"),
+        default="auto",
+        help="auto: build the CUDA library if nvcc is there (default)",
+    )
+    parser.add_argument(
+        "--cuda-architectures",
+        default=CUDA_ARCHITECTURES,
+        help="as CMAKE_CUDA_ARCHITECTURES, separated by semicolons (default: %(default)s)",
+    )
+    args = parser.parse_args()
+    try:
+        record = build_kernels(args.source, args.output_dir, args.cuda, args.cuda_architectures)
+    except BuildError as error:
+        sys.exit(f"error: {error}")
+    for name in ("cpu", "cuda"):
+        state = "built" if record[name]["built"] else f"not built: {record[name]['reason']}"
+        print(f"libsat_{name}.so: {state}")
+
+
+if __name__ == "__main__":
+    main()
