@@ -8,6 +8,8 @@
 # workflow/rules/ holds the rules in the order in which the data flow, config/config.yaml the settings.
 
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -43,7 +45,7 @@ wildcard_constraints:
     seed=r"\d+",
 
 
-include: "workflow/rules/environments.smk"
+include: "workflow/rules/common.smk"
 include: "workflow/rules/archives.smk"
 include: "workflow/rules/preprocess.smk"
 include: "workflow/rules/kernels.smk"

@@ -1,27 +1,12 @@
 # sources -> archives -> raw task files. Downloads and the extraction need nothing but Python's standard library.
 
-ARCHIVES = f"{DATA}/archives"
-LEVEL = settings.resolve_dataset(config, "pathfinder")["options"]["level"]
-RAW = {
-    "listops": expand(f"{DATA}/raw/listops/basic_{{split}}.tsv", split=["train", "val", "test"]),
-    "retrieval": expand(
-        f"{DATA}/raw/retrieval/new_aan_pairs.{{split}}.tsv", split=["train", "eval", "test"]
-    ),
-    "pathfinder": [f"{DATA}/raw/pathfinder/{LEVEL}.tar"],
-}
-TFDS = {
-    "text": ("imdb_reviews", f"{DATA}/tfds/imdb_reviews/plain_text/1.0.0/dataset_info.json"),
-    "image": ("cifar10", f"{DATA}/tfds/cifar10/3.0.2/dataset_info.json"),
-}
-DATA_SCRIPTS = expand("workflow/scripts/{module}.py", module=["common", "tokens"])
-
-
 if config["data"] == "generated":
 
     rule demo_archives:
         input:
             env="envs/tf.yaml",
             script="workflow/scripts/demo_archives.py",
+            modules=MODULES,
         output:
             archive=f"{ARCHIVES}/lra_release.gz",
             records=expand(
@@ -40,27 +25,15 @@ if config["data"] == "generated":
             mem_mb=2000,
         params:
             python=in_env("tf"),
-            config=json.dumps(config.get("demo")),
-            folder=DATA,
+            config=json.dumps(config["demo"]),
+            folder=lambda wildcards, output: str(Path(output.archive).parent.parent),
         shell:
             "{params.python} {input.script} --config {params.config:q} --output-dir {params.folder} > {log} 2>&1"
 
-    RECORDS = {"lra_release": f"{ARCHIVES}/lra_release.gz.source.json"} | {
-        source: f"{ARCHIVES}/{source}.source.json" for source, _ in TFDS.values()
-    }
-
 else:
-    SOURCE_OF_FILE = {
-        source["file"]: {"name": name, **source} for name, source in config["sources"].items()
-    }
-    RECORDS = {
-        name: f"{ARCHIVES}/{source['file']}.source.json"
-        for name, source in config["sources"].items()
-    }
 
+    # Nothing in the project is an input of a download: an edit must not fetch 8 GB again.
     rule download:
-        input:
-            script="workflow/scripts/download.py",
         output:
             archive=f"{ARCHIVES}/{{file}}",
             record=f"{ARCHIVES}/{{file}}.source.json",
@@ -70,15 +43,17 @@ else:
             f"{RESULTS}/benchmarks/download/{{file}}.tsv"
         wildcard_constraints:
             file="|".join(map(re.escape, SOURCE_OF_FILE)),
+        conda:
+            "../../envs/python.yaml"
         threads: 1
         resources:
             mem_mb=500,
         params:
-            python=in_env(None),
+            python=in_env("python"),
             source=lambda wildcards: json.dumps(SOURCE_OF_FILE[wildcards.file]),
             manual_dir=config["manual_dir"],
         shell:
-            "{params.python} {input.script} --source {params.source:q} --manual-dir {params.manual_dir:q} "
+            "{params.python} workflow/scripts/download.py --source {params.source:q} --manual-dir {params.manual_dir:q} "
             "--output {output.archive} --record {output.record} > {log} 2>&1"
 
     for _source, _info in TFDS.values():
@@ -89,6 +64,7 @@ else:
             input:
                 env="envs/tf.yaml",
                 script="workflow/scripts/prepare_tfds.py",
+                modules=READING,
                 archive=f"{ARCHIVES}/{config['sources'][_source]['file']}",
                 record=RECORDS[_source],
             output:
@@ -105,7 +81,7 @@ else:
             params:
                 python=in_env("tf"),
                 builder=config["sources"][_source]["tfds"],
-                folder=f"{DATA}/tfds",
+                folder=lambda wildcards, output: str(Path(*Path(output.info).parts[:3])),
             shell:
                 "{params.python} {input.script} --builder {params.builder:q} --data-dir {params.folder} "
                 "--archive {input.archive} --record {input.record} > {log} 2>&1"
@@ -114,6 +90,7 @@ else:
 rule extract:
     input:
         script="workflow/scripts/extract.py",
+        modules="workflow/scripts/lra/files.py",
         archive=f"{ARCHIVES}/lra_release.gz",
     output:
         RAW["listops"],
@@ -123,13 +100,15 @@ rule extract:
         f"{RESULTS}/logs/extract.log",
     benchmark:
         f"{RESULTS}/benchmarks/extract.tsv"
+    conda:
+        "../../envs/python.yaml"
     threads: 1
     resources:
         mem_mb=1000,
     params:
-        python=in_env(None),
+        python=in_env("python"),
         level=LEVEL,
-        folder=f"{DATA}/raw",
+        folder=lambda wildcards, output: str(Path(output[0]).parent.parent),
     shell:
         "{params.python} {input.script} --archive {input.archive} --output-dir {params.folder} "
         "--level {params.level} > {log} 2>&1"

@@ -20,7 +20,7 @@ rule compile_kernels:
         mem_mb=2000,
     params:
         python=in_env("torch"),
-        folder=f"{RESULTS}/kernels",
+        folder=parent_of("library"),
         cuda=config["kernels"]["cuda"],
         architectures=(
             f"--cuda-architectures '{config['kernels']['cuda_architectures']}'"

@@ -1,20 +1,12 @@
 # raw task files and TFDS data sets -> <task>/<split>.arrow + manifest.json
 
 
-def raw_files(wildcards):
-    """What the preprocessing of a task reads: its raw files or TFDS data set, and the record of the source."""
-    if wildcards.task in RAW:
-        return [*RAW[wildcards.task], RECORDS["lra_release"]]
-    source, info = TFDS[wildcards.task]
-    return [info, RECORDS[source]]
-
-
 rule preprocess:
     input:
         raw_files,
         env="envs/tf.yaml",
         script="workflow/scripts/preprocess.py",
-        modules=DATA_SCRIPTS,
+        modules=READING,
     output:
         train=f"{DATA}/{{task}}/train.arrow",
         dev=f"{DATA}/{{task}}/dev.arrow",
@@ -32,8 +24,8 @@ rule preprocess:
     params:
         python=in_env("tf"),
         config=lambda wildcards: json.dumps(settings.resolve_dataset(config, wildcards.task)),
-        data=DATA,
-        folder=lambda wildcards, output: str(Path(output.manifest).parent),
+        data=lambda wildcards, output: str(Path(output.manifest).parent.parent),
+        folder=parent_of("manifest"),
     shell:
         "{params.python} {input.script} --task {wildcards.task} --config {params.config:q} "
         "--run-data {params.data} --output-dir {params.folder} > {log} 2>&1"

@@ -1,12 +1,5 @@
 # metrics and histories -> table.{csv,md,tex} and two figures a task
 
-ORDER = json.dumps({key: config[key] for key in ("run", "tasks", "attentions", "seeds")})
-FIGURES = ["accuracy.svg", "pattern.svg"]
-
-
-def figures_of(task):
-    return expand(f"{RESULTS}/figures/{{task}}/{{figure}}", task=task, figure=FIGURES)
-
 
 rule collect:
     input:
@@ -29,7 +22,7 @@ rule collect:
     params:
         python=in_env("report"),
         config=ORDER,
-        folder=RESULTS,
+        folder=parent_of("csv"),
     shell:
         "{params.python} {input.script} --output-dir {params.folder} --config {params.config:q} {input.metrics} "
         "> {log} 2>&1"
@@ -44,6 +37,7 @@ rule draw_figures:
     input:
         env="envs/report.yaml",
         script="workflow/scripts/figures.py",
+        shared="workflow/scripts/collect.py",
         runs=lambda wildcards: runs_of(wildcards.task),
     output:
         accuracy=f"{RESULTS}/figures/{{task}}/accuracy.svg",
@@ -60,7 +54,7 @@ rule draw_figures:
     params:
         python=in_env("report"),
         config=ORDER,
-        folder=lambda wildcards, output: str(Path(output.accuracy).parent),
+        folder=parent_of("accuracy"),
         folders=lambda wildcards, input: sorted({str(Path(path).parent) for path in input.runs}),
     shell:
         "{params.python} {input.script} --task {wildcards.task} --output-dir {params.folder} "

@@ -1,36 +1,5 @@
 # <task>/*.arrow + kernels -> one folder a training: settings, metrics, history, weights, pattern
 
-import shutil
-
-RUN_FILES = [
-    "config.json",
-    "metrics.json",
-    "history.jsonl",
-    "model.safetensors",
-    "pattern.safetensors",
-]
-RUN_FOLDER = f"{RESULTS}/runs/{{task}}/{{attention}}/seed{{seed}}"
-
-
-def metrics_of(task):
-    """The metrics of every training of a task, in the configuration's order."""
-    return expand(
-        f"{RUN_FOLDER}/metrics.json",
-        task=task,
-        attention=config["attentions"],
-        seed=config["seeds"],
-    )
-
-
-def runs_of(task):
-    return expand(
-        f"{RUN_FOLDER}/{{file}}",
-        task=task,
-        attention=config["attentions"],
-        seed=config["seeds"],
-        file=RUN_FILES,
-    )
-
 
 rule train:
     input:
@@ -63,7 +32,7 @@ rule train:
         ),
         data=lambda wildcards, input: str(Path(input.data[0]).parent),
         kernels=lambda wildcards, input: str(Path(input.kernels[0]).parent),
-        folder=lambda wildcards, output: str(Path(output.metrics).parent),
+        folder=parent_of("metrics"),
     shell:
         "PYTHONPATH={params.root:q} {params.python} -m sat --mode train --settings {params.settings:q} "
         "--data-dir {params.data} --output-dir {params.folder} --kernels {params.kernels} --threads {threads} "

@@ -58,15 +58,20 @@ def ensure(name: str) -> None:
     build(name, packages)
 
 
+def digest(packages: list[str], also: list[str] = ()) -> str:
+    """What the marker of an environment with this list holds; another Python makes another environment."""
+    return hashlib.sha256("\n".join([sys.version, *packages, *also]).encode()).hexdigest()
+
+
 def build(name: str, packages: list[str], also: list[str] = ()) -> None:
     """Make .venvs/<name> with `packages`; it also sees the packages of the environments `also`."""
     folder, log = FOLDER / name, FOLDER / f"{name}.log"
-    digest = hashlib.sha256("\n".join([sys.version, *packages, *also]).encode()).hexdigest()
+    identity = digest(packages, also)
     FOLDER.mkdir(exist_ok=True)
     with open(FOLDER / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         marker = folder / MARKER
-        if marker.is_file() and marker.read_text() == digest:
+        if marker.is_file() and marker.read_text() == identity:
             return
         print(
             f"Making the environment {folder} ({len(packages)} packages, log: {log})",
@@ -101,7 +106,7 @@ def build(name: str, packages: list[str], also: list[str] = ()) -> None:
             )
         listing.unlink()
         partial = marker.with_suffix(".partial")
-        partial.write_text(digest)
+        partial.write_text(identity)
         partial.replace(marker)
 
 

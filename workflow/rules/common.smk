@@ -1,0 +1,113 @@
+# What the rules share: names of files, which Python runs a job, functions for inputs and params.
+
+ARCHIVES = f"{DATA}/archives"
+LEVEL = settings.resolve_dataset(config, "pathfinder")["options"]["level"]
+RAW = {
+    "listops": expand(f"{DATA}/raw/listops/basic_{{split}}.tsv", split=["train", "val", "test"]),
+    "retrieval": expand(
+        f"{DATA}/raw/retrieval/new_aan_pairs.{{split}}.tsv", split=["train", "eval", "test"]
+    ),
+    "pathfinder": [f"{DATA}/raw/pathfinder/{LEVEL}.tar"],
+}
+TFDS = {
+    "text": ("imdb_reviews", f"{DATA}/tfds/imdb_reviews/plain_text/1.0.0/dataset_info.json"),
+    "image": ("cifar10", f"{DATA}/tfds/cifar10/3.0.2/dataset_info.json"),
+}
+# Modules that the data scripts share; those that generate are the demo's alone.
+MODULES = sorted(str(path) for path in Path("workflow/scripts/lra").glob("*.py"))
+READING = [path for path in MODULES if "/generate_" not in path]
+
+
+# The record of every source: where it came from and its hash.
+if config["data"] == "generated":
+    RECORDS = {"lra_release": f"{ARCHIVES}/lra_release.gz.source.json"} | {
+        source: f"{ARCHIVES}/{source}.source.json" for source, _ in TFDS.values()
+    }
+else:
+    SOURCE_OF_FILE = {
+        source["file"]: {"name": name, **source} for name, source in config["sources"].items()
+    }
+    RECORDS = {
+        name: f"{ARCHIVES}/{source['file']}.source.json"
+        for name, source in config["sources"].items()
+    }
+
+RUN_FILES = [
+    "config.json",
+    "metrics.json",
+    "history.jsonl",
+    "model.safetensors",
+    "pattern.safetensors",
+]
+RUN_FOLDER = f"{RESULTS}/runs/{{task}}/{{attention}}/seed{{seed}}"
+ORDER = json.dumps({key: config[key] for key in ("run", "tasks", "attentions", "seeds")})
+FIGURES = ["accuracy.svg", "pattern.svg"]
+
+
+# Which Python runs a job. With --use-conda Snakemake makes and activates the environment; without it, .venvs/<name> is
+# made from the same list before the first job starts. `envs/<name>.yaml` is an input of every rule that uses it.
+
+CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
+
+
+def in_env(name):
+    """A params function: the interpreter of the environment `name`.
+
+    A params function that takes `input` is not recorded, so switching --use-conda reruns nothing.
+    """
+    without_conda = sys.executable if name == "python" else str(environments.interpreter(name))
+    return lambda wildcards, input: "python" if CONDA else without_conda
+
+
+def in_root(wildcards, input):
+    """The folder of the Snakefile, for PYTHONPATH; not recorded, so a moved clone reruns nothing."""
+    return workflow.basedir
+
+
+def parent_of(name):
+    """A params function: the folder of the output `name`, for programs that are told where to write."""
+    return lambda wildcards, output: str(Path(getattr(output, name)).parent)
+
+
+def make_environments():
+    """Make the environments that the pending jobs name as inputs, and no others."""
+    if CONDA:
+        return
+    files = {str(f) for job in workflow.dag.needrun_jobs() for f in job.input}
+    names = [path.stem for path in map(Path, sorted(files)) if path.parent == Path("envs")]
+    try:
+        environments.ensure_all(names)
+    except environments.EnvironmentFailed as error:
+        raise WorkflowError(str(error))
+
+
+def raw_files(wildcards):
+    """What the preprocessing of a task reads: its raw files or TFDS data set, and the record of the source."""
+    if wildcards.task in RAW:
+        return [*RAW[wildcards.task], RECORDS["lra_release"]]
+    source, info = TFDS[wildcards.task]
+    return [info, RECORDS[source]]
+
+
+def metrics_of(task):
+    """The metrics of every training of a task, in the configuration's order."""
+    return expand(
+        f"{RUN_FOLDER}/metrics.json",
+        task=task,
+        attention=config["attentions"],
+        seed=config["seeds"],
+    )
+
+
+def runs_of(task):
+    return expand(
+        f"{RUN_FOLDER}/{{file}}",
+        task=task,
+        attention=config["attentions"],
+        seed=config["seeds"],
+        file=RUN_FILES,
+    )
+
+
+def figures_of(task):
+    return expand(f"{RESULTS}/figures/{{task}}/{{figure}}", task=task, figure=FIGURES)
