@@ -354,7 +354,8 @@ bool forward_strip(const Plan &plan, int64_t batch, int64_t head, int64_t index,
   const float constant = plan.constant(index);
   for (int64_t c = 0; c < strip; c += kLanes) {
     const Vec shift = load(s.shift + c), sum = load(s.sum + c);
-    store(s.factor + c, 1.0f / (sum + constant * exp2(-shift)));
+    // Without a constant exp2(-shift) may be inf, and 0 * inf NaN.
+    store(s.factor + c, 1.0f / (constant > 0 ? sum + constant * exp2(-shift) : sum));
     store(s.sum + c, (shift + log2(sum)) * kLn2);
   }
   for (int64_t r = rows; r < strip; ++r) s.factor[r] = 0;
