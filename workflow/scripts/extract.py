@@ -1,0 +1,225 @@
+"""Take what the tasks need out of lra_release.gz, in one pass and without unpacking the rest.
+
+    python extract.py --archive data/lra/archives/lra_release.gz --output-dir data/lra/raw \
+        --level curv_contour_length_14
+
+Writes listops/basic_{train,val,test}.tsv, retrieval/new_aan_pairs.{train,eval,test}.tsv and
+pathfinder/<level>.tar: the level's images and metadata stay packed in a plain tar, because 200,000 small
+files are slow to make and slow to delete. Gzip is recognised by content. Where the archive holds a member
+twice, the copy in the deepest folder counts (the release repeats some folders, partly broken, one level
+up). Needs nothing but Python; gunzips in a process of its own where pigz or gzip exists.
+"""
+
+import argparse
+import contextlib
+import gzip
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from lra.files import run_script, scratch_folder
+
+LISTOPS = tuple(f"listops/basic_{split}.tsv" for split in ("train", "val", "test"))
+RETRIEVAL = tuple(f"retrieval/new_aan_pairs.{split}.tsv" for split in ("train", "eval", "test"))
+CHUNK = 1 << 20
+PROGRESS_SECONDS = 15
+AGAIN = "Delete it and get it again"
+
+
+def extract(archive: Path, output_dir: Path, level: str) -> None:
+    """Write the raw files of listops, retrieval and pathfinder (one level) below `output_dir`.
+
+    Raises ValueError, and leaves `output_dir` as it was, when the archive is cut or corrupt, lacks a
+    file, or holds a name that climbs out of its folder.
+    """
+    outputs = [*LISTOPS, *RETRIEVAL, f"pathfinder/{level}.tar"]
+    with scratch_folder(output_dir / ".extract.tmp") as scratch:
+        copy_members(archive, scratch, level)
+        missing = [name for name in outputs if not (scratch / name).exists()]
+        if missing:
+            raise ValueError(
+                f"{archive} has no member for {', '.join(missing)}: it is not the LRA release, or not "
+                f"all of it (expected listops-1000/, tsv_data/ and pathfinder32/{level}/)"
+            )
+        for name in outputs:
+            (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(scratch / name, output_dir / name)
+
+
+def copy_members(archive: Path, scratch: Path, level: str) -> None:
+    """Copy the wanted members of the archive to `scratch`, the deepest copy of each."""
+    pattern = re.compile(
+        r"(?P<root>(?:.*/)?)(?:listops-1000/(?P<listops>basic_(?:train|val|test)\.tsv)"
+        r"|tsv_data/(?P<retrieval>new_aan_pairs\.(?:train|eval|test)\.tsv)"
+        rf"|pathfinder32/{re.escape(level)}/"
+        r"(?P<pathfinder>imgs/\d+/sample_\d+\.png|metadata/\d+\.npy))"
+    )
+    depths: dict[str, int] = {}
+    num_images = num_metadata = 0
+    tar_path = scratch / "pathfinder" / f"{level}.tar"
+    with contextlib.ExitStack() as stack:
+        packed = None
+        for info, stream in members(archive):
+            match = pattern.fullmatch(check_name(archive, info))
+            if not match:
+                continue
+            if not info.isreg() or info.issparse():
+                raise ValueError(f"{archive}: {info.name} is no plain file (a link, for example)")
+            family = match.lastgroup
+            name = match[family]
+            path = tar_path if family == "pathfinder" else scratch / family / name
+            depth = match["root"].count("/")
+            known = depths.get(str(path), -1)
+            if depth < known:
+                continue
+            depths[str(path)] = depth
+            path.parent.mkdir(exist_ok=True)
+            if family != "pathfinder":
+                with open(path, "wb") as file:
+                    copy_bytes(archive, info, stream, file)
+                continue
+            if depth > known:
+                if packed:
+                    packed.close()
+                packed = stack.enter_context(open(path, "wb"))
+                num_images = num_metadata = 0
+            num_images += name.endswith(".png")
+            num_metadata += name.endswith(".npy")
+            append(archive, info, stream, name, packed)
+        if packed:
+            packed.write(bytes(2 * tarfile.BLOCKSIZE))
+    if tar_path.exists() and not (num_images and num_metadata):
+        raise ValueError(
+            f"{archive}: pathfinder32/{level} has {num_images} images and {num_metadata} metadata "
+            "files, expected both"
+        )
+
+
+def append(
+    archive: Path, info: tarfile.TarInfo, stream: BinaryIO, name: str, packed: BinaryIO
+) -> None:
+    """Add one member to the plain tar, its header free of dates and owners."""
+    header = tarfile.TarInfo(name)
+    header.size = info.size
+    packed.write(header.tobuf(tarfile.USTAR_FORMAT))
+    copy_bytes(archive, info, stream, packed)
+    packed.write(bytes(-info.size % tarfile.BLOCKSIZE))
+
+
+def copy_bytes(archive: Path, info: tarfile.TarInfo, stream: BinaryIO, file: BinaryIO) -> None:
+    remaining = info.size
+    while remaining:
+        chunk = stream.read(min(CHUNK, remaining))
+        if not chunk:
+            raise ValueError(f"{archive} is cut or corrupt: it ends in {info.name}. {AGAIN}")
+        file.write(chunk)
+        remaining -= len(chunk)
+
+
+def check_name(archive: Path, info: tarfile.TarInfo) -> str:
+    """The member's name without leading './'; ValueError when it, or a link, leads out of the archive."""
+    name = PurePosixPath(info.name)
+    target = None
+    if info.issym():
+        target = name.parent / info.linkname
+    elif info.islnk():
+        target = PurePosixPath(info.linkname)
+    for path in filter(None, (name, target)):
+        depth = 0
+        for part in path.parts:
+            depth += -1 if part == ".." else 1
+            if path.is_absolute() or depth < 0 or (path is name and part == ".."):
+                raise ValueError(
+                    f"{archive}: the member {info.name!r}"
+                    f"{f' (a link to {info.linkname!r})' if target else ''} leads out of the archive: "
+                    "it is not the LRA release"
+                )
+    return str(name)
+
+
+def members(archive: Path) -> Iterator[tuple[tarfile.TarInfo, BinaryIO]]:
+    """Each member of a tar, gzipped or not, with the stream at its first byte.
+
+    Reads the archive once, front to back, keeps no list of members, and goes on to the last byte, so
+    that gzip's checksum of the whole is verified. ValueError when the archive is cut or corrupt.
+    """
+    num_members, reported = 0, time.monotonic()
+    with open_stream(archive) as stream:
+        try:
+            with tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK) as tar:
+                info = tar.next()
+                while info:
+                    num_members += 1
+                    if time.monotonic() - reported > PROGRESS_SECONDS:
+                        reported = time.monotonic()
+                        print(
+                            f"{archive.name}: {num_members:,} members, {tar.offset / 1e9:.1f} GB",
+                            file=sys.stderr,
+                        )
+                    yield info, tar.fileobj
+                    tar.fileobj.seek(tar.offset)
+                    try:
+                        # TarFile.next would keep every member (3 million in the release) in a list,
+                        # and would take a broken header for the end.
+                        info = tarfile.TarInfo.fromtarfile(tar)
+                    except tarfile.EOFHeaderError:
+                        break
+            while stream.read(CHUNK):
+                pass
+        except (tarfile.TarError, EOFError, gzip.BadGzipFile) as error:
+            raise ValueError(f"{archive} is cut or corrupt: {error}. {AGAIN}") from None
+    print(f"{archive.name}: {num_members:,} members read", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def open_stream(archive: Path) -> Iterator[BinaryIO]:
+    """The bytes of the archive, gunzipped when they are gzip; EOFError when gunzip complains."""
+    # Unbuffered, so that the position is also that of the process which inherits the file.
+    with open(archive, "rb", buffering=0) as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        program = shutil.which("pigz") or shutil.which("gzip")
+        if not is_gzip:
+            yield file
+        elif not program:
+            with gzip.open(file) as stream:
+                yield stream
+        else:
+            process = subprocess.Popen(
+                [program, "-dc"], stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+            try:
+                yield process.stdout
+                message = process.stderr.read().decode(errors="replace").strip()
+                # Exit 2 is a warning: bytes after the end of the gzip data, which nobody reads.
+                if process.wait() not in (0, 2):
+                    raise ValueError(f"{archive} is cut or corrupt: {message}. {AGAIN}")
+            finally:
+                process.kill()
+                process.wait()
+                process.stdout.close()
+                process.stderr.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--archive", required=True, type=Path, help="lra_release.gz")
+    parser.add_argument("--output-dir", required=True, type=Path, help="data/<run>/raw")
+    parser.add_argument(
+        "--level", required=True, help="Pathfinder level, e.g. curv_contour_length_14"
+    )
+    args = parser.parse_args()
+    extract(args.archive, args.output_dir, args.level)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,131 @@
+"""Encodings of the five tasks, and back: what becomes which id.
+
+Text-like inputs have ids from 1, 0 is padding; image-like inputs are pixel values 0 to 255, no padding.
+"""
+
+import numpy as np
+import pyarrow as pa
+
+# Ids 1 to 15 in this order. Parentheses only group, and are dropped.
+SYMBOLS = ("[MIN", "[MAX", "[MED", "[SM", "]", *"0123456789")
+CLOSE = SYMBOLS.index("]") + 1
+
+# What can be wrong with a row of ListOps, by code; 0 is a good row.
+LISTOPS_FAULTS = (
+    "",
+    "expected two fields, Source<TAB>Target",
+    "unknown symbol",
+    "label is not a digit 0-9",
+    "longer than max_length",
+    "no symbols",
+)
+
+_BLANK, _PARENTHESIS, _NEWLINE, _RETURN, _TAB, _UNKNOWN = 0, 128, 252, 253, 254, 255
+
+
+def _listops_table() -> np.ndarray:
+    """uint8 [256]: the code of a byte, the four operators being written as the bytes 1 to 4."""
+    table = np.full(256, _UNKNOWN, np.uint8)
+    table[[1, 2, 3, 4]] = [1, 2, 3, 4]
+    for byte, code in {" ": _BLANK, "\t": _TAB, "\r": _RETURN, "\n": _NEWLINE}.items():
+        table[ord(byte)] = code
+    for symbol in "()":
+        table[ord(symbol)] = _PARENTHESIS
+    for symbol in SYMBOLS[4:]:
+        table[ord(symbol)] = SYMBOLS.index(symbol) + 1
+    return table
+
+
+_LISTOPS_TABLE = _listops_table()
+_HIDE_OPERATOR_BYTES = bytes.maketrans(b"\1\2\3\4", b"????")
+
+
+def encode_listops(
+    lines: bytes, max_length: int, brackets: bool = True
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Encode whole lines `Source<TAB>Target`, each ending in a newline.
+
+    Returns the ids of all good rows in one piece (uint8), and for every line its length in ids, its
+    label (uint8) and its fault (an index of LISTOPS_FAULTS); a row with a fault has length 0.
+    `brackets=False` drops "]" too, as an alphanumeric tokenizer does: the tree is then lost.
+    """
+    text = lines.translate(_HIDE_OPERATOR_BYTES)
+    for code, operator in enumerate(SYMBOLS[:4], 1):
+        text = text.replace(operator.encode(), bytes([code]))
+    # Every symbol is one byte now, so two neighbours that are no blanks make an unknown symbol.
+    codes = _LISTOPS_TABLE[np.frombuffer(text, np.uint8)]
+    ends = np.flatnonzero(codes == _NEWLINE)
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    faults = np.zeros(len(ends), np.uint8)
+
+    tabs = np.flatnonzero(codes == _TAB)
+    num_tabs = np.diff(np.searchsorted(tabs, np.append(starts, len(codes))))
+    faults[num_tabs != 1] = 1
+    tab = ends.copy()
+    line_of_tab = np.searchsorted(ends, tabs)
+    alone = num_tabs[line_of_tab] == 1
+    tab[line_of_tab[alone]] = tabs[alone]
+
+    label_end = ends - (codes[np.maximum(ends - 1, 0)] == _RETURN)
+    labels = codes[np.minimum(tab + 1, len(codes) - 1)] - (CLOSE + 1)
+    bad_label = (label_end - tab != 2) | (labels > 9)
+    faults[(faults == 0) & bad_label] = 3
+
+    # Blank the targets out: what is left between two blanks is a symbol of a source.
+    edges = np.zeros(len(codes), np.int8)
+    edges[starts] += 1
+    edges[tab] -= 1
+    source = np.cumsum(edges, dtype=np.int8).view(bool)
+    symbol = source & (codes != _BLANK)
+    unknown = symbol & (codes > _PARENTHESIS)
+    unknown[1:] |= symbol[1:] & symbol[:-1]
+    bad_lines = np.searchsorted(ends, np.flatnonzero(unknown))
+    faults[bad_lines[faults[bad_lines] == 0]] = 2
+
+    keep = symbol & (codes < _PARENTHESIS)
+    if not brackets:
+        keep &= codes != CLOSE
+    kept_before = np.concatenate(([0], np.cumsum(keep, dtype=np.int64)))
+    lengths = kept_before[tab] - kept_before[starts]
+    faults[(faults == 0) & (lengths > max_length)] = 4
+    faults[(faults == 0) & (lengths == 0)] = 5
+    for line in np.flatnonzero(faults):
+        keep[starts[line] : ends[line]] = False
+    lengths[faults > 0] = 0
+    return codes[keep], lengths, labels, faults
+
+
+def decode_listops(ids: np.ndarray) -> str:
+    """The symbols of a row, separated by blanks (parentheses are not kept)."""
+    return " ".join(SYMBOLS[index - 1] for index in ids)
+
+
+def encode_text(texts: list[bytes], max_length: int) -> pa.ListArray:
+    """Byte + 1 of the first `max_length` bytes of each text: list<uint16>."""
+    texts = [text[:max_length] for text in texts]
+    ids = np.frombuffer(b"".join(texts), np.uint8).astype(np.uint16) + 1
+    return to_lists(ids, np.fromiter(map(len, texts), np.int64, len(texts)))
+
+
+def decode_text(ids: np.ndarray) -> bytes:
+    """The bytes of a row of a text-like task."""
+    return (np.asarray(ids) - 1).astype(np.uint8).tobytes()
+
+
+def encode_images(images: np.ndarray) -> pa.FixedSizeListArray:
+    """Pixels of gray images, row by row: uint8 [n, h, w] to fixed_size_list<uint8>[h * w]."""
+    size = images.shape[1] * images.shape[2]
+    return pa.FixedSizeListArray.from_arrays(pa.array(images.reshape(-1)), size)
+
+
+def to_gray(images: np.ndarray) -> np.ndarray:
+    """RGB to gray, uint8 [..., 3] to uint8 [...], with the rounding of tf.image.rgb_to_grayscale."""
+    scaled = images.astype(np.float32) * np.float32(1 / 255)
+    gray = scaled @ np.array([0.2989, 0.587, 0.114], np.float32)
+    return np.clip(gray * np.float32(255.5), 0, 255).astype(np.uint8)
+
+
+def to_lists(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
+    """Rows of the given lengths out of the values of all rows in one piece."""
+    offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))

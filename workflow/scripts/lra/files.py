@@ -1,0 +1,75 @@
+"""Files the data scripts share: hashes, atomic writes, scratch folders, errors in one line.
+
+Standard library only, so that downloads and the extraction run with any Python 3.11.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run `main`; what a user can mend (ValueError, OSError) ends as one line on stderr, exit 1.
+
+    SIGTERM leaves by SystemExit, so that clean-up code runs when a scheduler stops the job.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def parse_json(text: str, option: str) -> dict:
+    """The JSON object given to a command-line option; ValueError names the option."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{option} must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file, as hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON with sorted keys under a temporary name, then rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file that an earlier step wrote; ValueError names the file."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: run the step that makes it first") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}): delete it and make it again") from None
+
+
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """An empty folder at `path` that is gone afterwards, whatever happens.
+
+    The name is fixed, so that what a killed attempt left there is removed by the next one.
+    """
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,233 @@
+"""Turn the raw files of one task into Arrow: train, dev and test, with a manifest.
+
+    python preprocess.py --task listops --config JSON --run-data data/lra --output-dir data/lra/listops
+
+JSON: {"task", "caps": {"train": int|null, "dev": ..., "test": ...}, "max_length": int, "options": {...}}.
+Options: text {"dev": "holdout"|"lra"}, listops {"brackets": bool}, pathfinder {"level", "image_size"}.
+
+Rows that cannot be used are left out, counted and listed in the manifest. The same input gives the same
+bytes on every machine and in every process. All files of a task appear at once, the manifest last.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from lra import readers
+from lra.arrow import describe, keep_rows, replace_by_rows, row_keys, write_arrow
+from lra.encode import SYMBOLS
+from lra.files import parse_json, read_json, run_script, scratch_folder, write_json
+from lra.order import choose_capped, choose_holdout
+from lra.readers import PATHFINDER_SALTS, PathfinderLevel, Refused
+
+SPLITS = ("train", "dev", "test")
+ALIASES = {"cifar10": "image"}
+HOLDOUT_SHARE = 0.1
+# TFDS data set, and the records of its archive: as downloaded or as generated.
+TFDS_FOLDERS = {"text": "imdb_reviews/plain_text/1.0.0", "image": "cifar10/3.0.2"}
+RECORDS = {
+    "text": ("aclImdb_v1.tar.gz", "imdb_reviews"),
+    "image": ("cifar-10-binary.tar.gz", "cifar10"),
+}
+LRA_RECORD = ("lra_release.gz",)
+
+BYTES = pa.list_(pa.uint16())
+TASKS = {
+    "listops": {"input_type": "text", "num_classes": 10, "vocab_size": len(SYMBOLS) + 1},
+    "text": {"input_type": "text", "num_classes": 2, "vocab_size": 257},
+    "retrieval": {"input_type": "text", "num_classes": 2, "vocab_size": 257},
+    "image": {"input_type": "image", "num_classes": 10, "vocab_size": 256},
+    "pathfinder": {"input_type": "image", "num_classes": 2, "vocab_size": 256},
+}
+OPTIONS = {
+    "listops": {"brackets": True},
+    "text": {"dev": "holdout"},
+    "retrieval": {},
+    "image": {},
+    "pathfinder": {"level": "curv_contour_length_14", "image_size": 32},
+}
+CHOICES = {
+    "brackets": (True, False),
+    "dev": ("holdout", "lra"),
+    "level": tuple(PATHFINDER_SALTS),
+}
+
+Batches = dict[str, Iterator[pa.RecordBatch]]
+
+
+def preprocess(task: str, config: dict, run_data: Path, output_dir: Path) -> dict:
+    """Write {train,dev,test}.arrow and manifest.json below `output_dir`; returns the manifest.
+
+    ValueError, and nothing written, when a source is missing, an option is unknown or a split is empty.
+    """
+    options, caps, max_length = checked_config(task, config)
+    sources = source_records(task, run_data)
+    schema = schema_of(task, max_length)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(output_dir.parent / f".{output_dir.name}.tmp") as scratch:
+        paths = {split: scratch / f"{split}.arrow" for split in SPLITS}
+        batches, refused = open_task(task, options, max_length, run_data)
+        for split, rows in batches.items():
+            write_arrow(paths[split], schema, rows)
+        if "dev" not in batches:
+            keys = row_keys(paths["train"], "holdout")[1]
+            chosen = choose_holdout(keys, HOLDOUT_SHARE)
+            keep_rows(paths["train"], chosen, paths["dev"])
+            replace_by_rows(paths["train"], ~chosen)
+        for split in SPLITS:
+            if caps[split] is not None:
+                labels, keys = row_keys(paths[split], "cap")
+                replace_by_rows(paths[split], choose_capped(labels, keys, caps[split]))
+        manifest = {
+            "schema_version": 1,
+            "task": task,
+            "data": "generated" if any(s["data"] == "generated" for s in sources) else "released",
+            **TASKS[task],
+            "num_inputs": len(schema.names) - 1,
+            "max_length": max_length,
+            "padding_id": 0 if TASKS[task]["input_type"] == "text" else None,
+            "options": options,
+            "caps": caps,
+            "splits": {
+                split: describe(paths[split], TASKS[task]["num_classes"])
+                | {"refused": refused[split].first, "num_refused": refused[split].count}
+                for split in SPLITS
+            },
+            "sources": sources,
+        }
+        if task == "listops":
+            manifest["symbols"] = list(SYMBOLS)
+        for split in SPLITS:
+            if not manifest["splits"][split]["rows"]:
+                first = refused[split].first[:1]
+                raise ValueError(
+                    f"{task}: the {split} split has no rows: {refused[split].count} refused"
+                    f"{f', the first: {first[0]}' if first else ''}; caps {caps}"
+                )
+        output_dir.mkdir(exist_ok=True)
+        # An old manifest must not describe new rows, should this be stopped half way.
+        (output_dir / "manifest.json").unlink(missing_ok=True)
+        for path in paths.values():
+            os.replace(path, output_dir / path.name)
+    write_json(output_dir / "manifest.json", manifest)
+    return manifest
+
+
+def checked_config(task: str, config: dict) -> tuple[dict, dict, int]:
+    """Options with their defaults, caps of all splits and the length; ValueError names a wrong key."""
+    if config.get("task", task) != task:
+        raise ValueError(f"--config is of task {config['task']!r}, --task says {task!r}")
+    options = config.get("options") or {}
+    if unknown := sorted(options.keys() - OPTIONS[task].keys()):
+        raise ValueError(f"{task} has no option {unknown}; it has {sorted(OPTIONS[task])}")
+    options = OPTIONS[task] | options
+    for key, value in options.items():
+        if key in CHOICES and not any(value is c or value == c for c in CHOICES[key]):
+            raise ValueError(f"option {key} of {task} is {value!r}, expected one of {CHOICES[key]}")
+    caps = config.get("caps") or {}
+    if unknown := sorted(caps.keys() - set(SPLITS)):
+        raise ValueError(f"caps has the unknown splits {unknown}, expected {list(SPLITS)}")
+    caps = {split: caps.get(split) for split in SPLITS}
+    for split, cap in caps.items():
+        if cap is not None and (type(cap) is not int or cap < 1):
+            raise ValueError(f"caps.{split} is {cap!r}, expected a number of rows or null")
+    max_length = config["max_length"]
+    side = {"image": 32, "pathfinder": options.get("image_size")}.get(task)
+    if side and max_length != side**2:
+        raise ValueError(
+            f"{task}: max_length is {max_length}, but images of {side}x{side} have {side**2} pixels"
+        )
+    return options, caps, max_length
+
+
+def schema_of(task: str, max_length: int) -> pa.Schema:
+    """Columns of the task's Arrow files."""
+    inputs = {
+        "listops": [pa.list_(pa.uint8())],
+        "text": [BYTES],
+        "retrieval": [BYTES, BYTES],
+    }.get(task, [pa.list_(pa.uint8(), max_length)])
+    fields = [(f"input_ids_{index}", kind) for index, kind in enumerate(inputs)]
+    return pa.schema([*fields, ("label", pa.uint8())])
+
+
+def source_records(task: str, run_data: Path) -> list[dict]:
+    """The record of the task's archive, less what differs between machines (address, folder)."""
+    names = RECORDS.get(task, LRA_RECORD)
+    paths = [run_data / "archives" / f"{name}.source.json" for name in names]
+    for path in paths:
+        if path.exists():
+            record = read_json(path)
+            return [{key: value for key, value in record.items() if key != "url"}]
+    raise ValueError(f"{paths[0]} is missing: download.py or demo_archives.py makes it")
+
+
+def open_task(
+    task: str, options: dict, max_length: int, run_data: Path
+) -> tuple[Batches, dict[str, Refused]]:
+    """Batches of each split that the task's source has, and where its refused rows are noted."""
+    refused = {split: Refused() for split in SPLITS}
+    raw = run_data / "raw"
+    if task == "listops":
+        names = {"train": "train", "dev": "val", "test": "test"}
+        batches = {
+            split: readers.read_listops(
+                raw / f"listops/basic_{name}.tsv", max_length, options["brackets"], refused[split]
+            )
+            for split, name in names.items()
+        }
+    elif task == "retrieval":
+        names = {"train": "train", "dev": "eval", "test": "test"}
+        batches = {
+            split: readers.read_retrieval(
+                raw / f"retrieval/new_aan_pairs.{name}.tsv", max_length, refused[split]
+            )
+            for split, name in names.items()
+        }
+    elif task == "pathfinder":
+        level = options["level"]
+        data = PathfinderLevel(raw / f"pathfinder/{level}.tar", level, PATHFINDER_SALTS[level])
+        refused = data.refused
+        batches = {split: data.read(split, options["image_size"]) for split in SPLITS}
+    else:
+        folder = run_data / "tfds" / TFDS_FOLDERS[task]
+        if task == "image":
+            names = {"train": "train[:90%]", "dev": "train[90%:]", "test": "test"}
+        else:
+            names = {"train": "train", "test": "test"}
+            if options["dev"] == "lra":
+                names["dev"] = "test"
+        batches = {
+            split: readers.read_image(folder, name, refused[split])
+            if task == "image"
+            else readers.read_text(folder, name, max_length, refused[split])
+            for split, name in names.items()
+        }
+    return batches, refused
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", required=True, help=f"one of {', '.join(TASKS)}")
+    parser.add_argument("--config", required=True, help="caps, max_length and options, JSON")
+    parser.add_argument("--run-data", required=True, type=Path, help="data/<run>")
+    parser.add_argument("--output-dir", required=True, type=Path, help="data/<run>/<task>")
+    args = parser.parse_args()
+    name = args.task.removeprefix("lra-")
+    task = ALIASES.get(name, name)
+    if task not in TASKS:
+        raise ValueError(f"unknown task {args.task!r}, expected one of {', '.join(TASKS)}")
+    manifest = preprocess(task, parse_json(args.config, "--config"), args.run_data, args.output_dir)
+    for split, facts in manifest["splits"].items():
+        print(f"{task} {split}: {facts['rows']:,} rows, {facts['num_refused']:,} refused")
+        for row in facts["refused"]:
+            print(f"  refused {row['file']}:{row['line']}: {row['reason']}")
+
+
+if __name__ == "__main__":
+    run_script(main)
