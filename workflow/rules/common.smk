@@ -15,7 +15,7 @@ TFDS = {
 }
 # Modules that the data scripts share; those that generate are the demo's alone.
 MODULES = sorted(str(path) for path in Path("workflow/scripts/lra").glob("*.py"))
-READING = [path for path in MODULES if "/generate_" not in path]
+READING = [path for path in MODULES if not Path(path).name.startswith("generate_")]
 
 
 # The record of every source: where it came from and its hash.
