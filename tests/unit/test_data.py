@@ -1,0 +1,96 @@
+"""Reading Arrow splits: gathering, order, and files that are not what the manifest says."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from processed import write_processed
+
+from sat import data
+
+
+@settings(max_examples=25)
+@given(
+    rows=st.lists(st.lists(st.integers(1, 15), min_size=1, max_size=20), min_size=1, max_size=30),
+    chunk=st.integers(1, 7),
+    seed=st.integers(0, 1000),
+)
+def test_gather_equals_plain_python(tmp_path_factory, rows, chunk, seed):
+    folder = tmp_path_factory.mktemp("data")
+    labels = [len(row) % 10 for row in rows]
+    write_processed(folder, "listops", {s: (rows, labels) for s in data.SPLITS}, chunk=chunk)
+    _, splits = data.load(folder)
+    order = np.random.default_rng(seed).integers(0, len(rows), 11)
+    batch = splits["train"].batch(order, 20)
+    for position, row in enumerate(order):
+        length = len(rows[row])
+        assert batch.lengths[0][position] == length
+        assert batch.ids[0][position, :length].tolist() == rows[row]
+        assert (batch.ids[0][position, length:] == 0).all()
+        assert batch.labels[position] == labels[row]
+
+
+def test_images_have_no_padding(tmp_path):
+    rows = [[0] * 256, list(range(256))]
+    write_processed(tmp_path, "image", {s: (rows, [0, 9]) for s in data.SPLITS}, width=256)
+    _, splits = data.load(tmp_path)
+    assert splits["test"].batch(np.array([1, 0]), 256).lengths == [None]
+    padded = splits["test"].batch(np.array([1, 0]), 512)
+    assert padded.lengths[0].tolist() == [256, 256]
+    assert torch.equal(padded.ids[0][0, :256], torch.arange(256))
+
+
+def test_two_texts(tmp_path):
+    rows, others = [[1, 2], [3]], [[4], [5, 6, 7]]
+    write_processed(tmp_path, "retrieval", {s: (rows, [0, 1], others) for s in data.SPLITS})
+    _, splits = data.load(tmp_path)
+    batch = splits["dev"].batch(np.array([1]), 4)
+    assert [ids.tolist() for ids in batch.ids] == [[[3, 0, 0, 0]], [[5, 6, 7, 0]]]
+
+
+def test_batches_hold_every_row_once(tmp_path):
+    rows = [[1 + i % 15] for i in range(23)]
+    write_processed(tmp_path, "listops", {s: (rows, [i % 10 for i in range(23)]) for s in data.SPLITS})
+    _, splits = data.load(tmp_path)
+    batches = list(splits["test"].batches(5, 16))
+    assert [len(b) for b in batches] == [5, 5, 5, 5, 3]
+    assert torch.cat([b.labels for b in batches]).tolist() == [i % 10 for i in range(23)]
+    assert len(list(splits["test"].batches(5, 16, limit=2))) == 2
+
+
+@given(st.integers(1, 40), st.integers(1, 90), st.integers(0, 5))
+def test_training_order_is_a_chain_of_permutations(num_rows, batch_size, seed):
+    steps = -(-3 * num_rows // batch_size)
+    chain = np.concatenate([data.training_rows(num_rows, batch_size, s, seed) for s in range(steps)])
+    for epoch in range(3):
+        part = chain[epoch * num_rows : (epoch + 1) * num_rows]
+        assert sorted(part) == list(range(num_rows))
+    again = data.training_rows(num_rows, batch_size, steps - 1, seed)
+    assert (chain[-batch_size:] == again).all()
+
+
+def test_missing_data_name_the_command(tmp_path):
+    with pytest.raises(data.DataError, match="snakemake .*manifest.json --cores 2"):
+        data.load(tmp_path / "lra" / "listops")
+
+
+def test_files_that_do_not_match_their_manifest(tmp_path):
+    write_processed(tmp_path, "listops", {s: ([[1], [2]], [0, 1]) for s in data.SPLITS})
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+
+    whole = (tmp_path / "dev.arrow").read_bytes()
+    (tmp_path / "dev.arrow").write_bytes(whole[:-9])
+    with pytest.raises(data.DataError, match=r"dev.arrow.*manifest"):
+        data.load(tmp_path)
+    (tmp_path / "dev.arrow").write_bytes(whole)
+
+    manifest["splits"]["dev"]["rows"] = 3
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(data.DataError, match="2 rows"):
+        data.load(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(data.DataError, match="valid JSON"):
+        data.load(tmp_path)
