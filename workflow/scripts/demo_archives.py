@@ -24,7 +24,6 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-
 from lra.files import parse_json, run_script, sha256_file, write_json
 from lra.generate_listops import generate_rows
 from lra.generate_pathfinder import generate_images

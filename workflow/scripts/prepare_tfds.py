@@ -12,8 +12,8 @@ import os
 import shutil
 from pathlib import Path
 
-from lra.files import read_json, run_script, scratch_folder
-from lra.tfds_folder import open_builder
+from lra.files import read_json, run_script, scratch_folder, sha256_file
+from lra.tfds_folder import import_tfds, open_builder
 
 
 def prepare(name: str, data_dir: Path, archive: Path, record: Path) -> None:
@@ -21,19 +21,22 @@ def prepare(name: str, data_dir: Path, archive: Path, record: Path) -> None:
 
     ValueError, and nothing prepared, when the archive is not the one that TFDS knows.
     """
-    import tensorflow_datasets as tfds
-
+    tfds = import_tfds()
     builder = open_builder(name, data_dir)
     known = {info.filename: info for info in builder.url_infos.values()}
     if len(known) != 1:
         raise ValueError(f"{name} needs {sorted(known)}, this program prepares sets of one archive")
     filename, info = known.popitem()
-    sha256 = read_json(record)["sha256"]
-    if sha256 != info.checksum:
-        raise ValueError(
-            f"{archive} has sha256 {sha256}, TFDS expects {info.checksum} for {name}: "
-            "delete it and get it again"
-        )
+    sha256 = sha256_file(archive)
+    for expected, whose in (
+        (info.checksum, f"TFDS for {name}"),
+        (read_json(record)["sha256"], record),
+    ):
+        if sha256 != expected:
+            raise ValueError(
+                f"{archive} has sha256 {sha256}, expected {expected} ({whose}): "
+                "delete it and get it again"
+            )
     with scratch_folder(data_dir / f".{builder.name}.tmp") as scratch:
         # TFDS takes a file with the archive's own name in its manual folder for the download.
         manual = scratch / "manual"

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
-
 from lra import readers
 from lra.arrow import describe, keep_rows, replace_by_rows, row_keys, write_arrow
 from lra.encode import SYMBOLS

@@ -15,7 +15,7 @@ TOPICS = (
     "speech phoneme acoustic waveform vowel utterance prosody pitch microphone formant",
     "translation bilingual decoder alignment fluency corpus source target reordering bleu",
     "sentiment opinion review polarity emotion sarcasm rating subjective lexicon mood",
-    "summary extract compress headline salience redundancy abstract digest coverage rouge",
+    "summary extract compress headline salience redundancy abstract digest coverage abridge",
     "dialogue turn speaker intent belief slot assistant reply request booking",
     "morphology stem suffix inflection paradigm affix lemma segment prefix agglutinative",
     "entity mention coreference linking knowledge relation wikipedia name typed cluster",

@@ -23,6 +23,7 @@ from .encode import (
     to_lists,
 )
 from .order import tfds_order
+from .tfds_folder import import_tfds
 
 READ_BYTES = 1 << 20
 ROWS_PER_READ = 1024
@@ -113,10 +114,7 @@ def read_retrieval(path: Path, max_length: int, refused: Refused) -> Iterator[pa
 def tfds_batches(folder: Path, split: str, rows: int) -> Iterator[dict[str, np.ndarray]]:
     """Batches of a prepared TFDS data set in the order of its records."""
     require(folder / "dataset_info.json", "prepare_tfds.py")
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import tensorflow_datasets as tfds
-
+    tfds = import_tfds()
     config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
     builder = tfds.builder_from_directory(folder)
     dataset = builder.as_dataset(split=split, shuffle_files=False, read_config=config)

@@ -1,4 +1,4 @@
-"""Data sets in the folders of TFDS, made without network. Imports TensorFlow Datasets."""
+"""Data sets in the folders of TFDS, made without network. The only module that imports TensorFlow."""
 
 import os
 import shutil
@@ -7,8 +7,15 @@ from pathlib import Path
 
 from .files import scratch_folder
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+def import_tfds():
+    """TensorFlow Datasets, on the CPU and without TensorFlow's greetings."""
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    return tfds
 
 
 def open_builder(name: str, data_dir: Path):
@@ -16,10 +23,9 @@ def open_builder(name: str, data_dir: Path):
 
     What a killed attempt left is removed, because TFDS takes any folder of that name for a whole one.
     """
-    import tensorflow_datasets as tfds
+    tfds = import_tfds()
     from tensorflow_datasets.core.utils import gcs_utils
 
-    tfds.disable_progress_bar()
     # TFDS would ask a bucket for the data set's description, and wait for an answer.
     gcs_utils._is_gcs_disabled = True
     try:
@@ -39,8 +45,7 @@ def write_tfds(name: str, data_dir: Path, splits: dict[str, Iterable]) -> list[P
 
     An older data set of that name is replaced. Returns its record files.
     """
-    import tensorflow_datasets as tfds
-
+    tfds = import_tfds()
     builder = open_builder(name, data_dir)
     folder = Path(builder.data_dir)
     shutil.rmtree(folder, ignore_errors=True)
