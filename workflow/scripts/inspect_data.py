@@ -12,6 +12,7 @@ from lra.arrow import input_columns, read_arrow, values_and_offsets
 from lra.encode import decode_listops, decode_text
 from lra.files import read_json, run_script
 
+SPLITS = ("train", "dev", "test")
 SHADES = " .:-=+*#%@"
 
 
@@ -20,7 +21,8 @@ def inspect(folder: Path, split: str, row: int) -> str:
     manifest = read_json(folder / "manifest.json")
     facts = manifest["splits"]
     lines = [f"{manifest['task']} ({manifest['data']}), options {manifest['options']}"]
-    for name, about in facts.items():
+    for name in SPLITS:
+        about = facts[name]
         counts = about["label_counts"]
         balance = "  ".join(f"{label}: {n / about['rows']:.1%}" for label, n in counts.items())
         lengths = input_lengths(folder / about["file"])
@@ -77,7 +79,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="data/<run>/<task>")
-    parser.add_argument("--split", default="train", choices=("train", "dev", "test"))
+    parser.add_argument("--split", default="train", choices=SPLITS)
     parser.add_argument("--row", type=int, default=0)
     args = parser.parse_args()
     print(inspect(args.folder, args.split, args.row))

@@ -1,0 +1,236 @@
+"""Downloads from a real server that cuts, lies and refuses; files put there by hand."""
+
+import hashlib
+import http.server
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import download
+import pytest
+
+BODY = bytes(range(256)) * 400
+SHA256 = hashlib.sha256(BODY).hexdigest()
+SCRIPT = Path(download.__file__)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Behaves as the path says; the server remembers every request as (path, Range header)."""
+
+    def do_GET(self) -> None:
+        requests = self.server.requests
+        requests.append((self.path, self.headers.get("Range")))
+        tries = sum(path == self.path for path, _ in requests)
+        kind = self.path.split("/")[1]
+        if kind.isdigit():
+            self.send_error(int(kind))
+        elif kind == "busy" and tries < 3:
+            self.send_error(503)
+        elif kind == "other":
+            self.answer(b"other bytes")
+        elif kind == "cut":
+            # Resumes, but stops after 30,000 bytes each time.
+            self.answer(BODY, resumes=True, limit=30_000)
+        elif kind == "restart":
+            self.answer(BODY, limit=30_000 if tries == 1 else None)
+        elif kind == "longer":
+            self.answer(BODY, resumes=True, promised=len(BODY) + 1000)
+        elif kind == "silent":
+            self.close_connection = True
+        else:
+            self.answer(BODY, resumes=True)
+
+    def answer(
+        self,
+        body: bytes,
+        resumes: bool = False,
+        limit: int | None = None,
+        promised: int | None = None,
+    ) -> None:
+        start = 0
+        if resumes and (wanted := self.headers.get("Range")):
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(body):
+                self.send_error(416)
+                return
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str((promised or len(body)) - start))
+        self.end_headers()
+        self.wfile.write(body[start : start + limit if limit else None])
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[http.server.ThreadingHTTPServer]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.requests = []
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def source(*urls: str, **changes) -> dict:
+    row = {
+        "name": "set",
+        "file": "set.gz",
+        "urls": list(urls),
+        "sha256": SHA256,
+        "bytes": len(BODY),
+    }
+    return row | {"licence": "MIT", "provenance": "a paper"} | changes
+
+
+def fetch(row: dict, tmp_path: Path, manual_dir: Path | None = None) -> tuple[Path, Path]:
+    output = tmp_path / "archives" / row["file"]
+    record = tmp_path / "archives" / f"{row['file']}.source.json"
+    download.download(row, output, record, manual_dir, delay=0.01)
+    return output, record
+
+
+def left(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "archives").iterdir())
+
+
+def test_record_says_what_was_used(server, tmp_path):
+    output, record = fetch(source(f"{server.url}/good"), tmp_path)
+    assert output.read_bytes() == BODY
+    assert json.loads(record.read_text()) == {
+        "name": "set",
+        "file": "set.gz",
+        "url": f"{server.url}/good",
+        "sha256": SHA256,
+        "bytes": len(BODY),
+        "data": "released",
+        "licence": "MIT",
+        "provenance": "a paper",
+    }
+    assert left(tmp_path) == ["set.gz", "set.gz.source.json"]
+
+
+@pytest.mark.parametrize("kind", ["cut", "restart", "busy", "longer"])
+def test_awkward_server_gives_the_right_bytes(server, tmp_path, kind):
+    output, _ = fetch(source(f"{server.url}/{kind}"), tmp_path)
+    assert output.read_bytes() == BODY
+    assert left(tmp_path) == ["set.gz", "set.gz.source.json"]
+
+
+def test_cut_download_goes_on_where_it_stopped(server, tmp_path):
+    fetch(source(f"{server.url}/cut"), tmp_path)
+    assert [wanted for _, wanted in server.requests] == [
+        None,
+        *(f"bytes={start}-" for start in (30_000, 60_000, 90_000)),
+    ]
+
+
+def test_download_killed_earlier_goes_on(server, tmp_path):
+    url = f"{server.url}/good"
+    (tmp_path / "archives").mkdir()
+    name = f"set.gz.{hashlib.sha256(url.encode()).hexdigest()[:8]}.part"
+    (tmp_path / "archives" / name).write_bytes(BODY[:50_000])
+    output, _ = fetch(source(url), tmp_path)
+    assert output.read_bytes() == BODY
+    assert server.requests == [("/good", "bytes=50000-")]
+
+
+@pytest.mark.parametrize("sha256", [SHA256, None])
+def test_download_killed_before_the_rename_ends_right(server, tmp_path, sha256):
+    url = f"{server.url}/good"
+    (tmp_path / "archives").mkdir()
+    name = f"set.gz.{hashlib.sha256(url.encode()).hexdigest()[:8]}.part"
+    (tmp_path / "archives" / name).write_bytes(BODY)
+    output, _ = fetch(source(url, sha256=sha256), tmp_path)
+    assert output.read_bytes() == BODY
+
+
+def test_urls_are_tried_in_order(server, tmp_path):
+    urls = [f"{server.url}/{kind}" for kind in ("404", "other", "good", "never")]
+    _, record = fetch(source(*urls), tmp_path)
+    assert json.loads(record.read_text())["url"] == urls[2]
+    assert "/never" not in [path for path, _ in server.requests]
+
+
+def test_all_failures_are_listed(server, tmp_path):
+    urls = [f"{server.url}/{kind}" for kind in ("403", "404", "500", "silent")]
+    with pytest.raises(ValueError) as error:
+        fetch(source(*urls), tmp_path, tmp_path / "by_hand")
+    message = str(error.value)
+    for url, reason in zip(urls, ("403", "404", "500", "Empty reply"), strict=True):
+        line = next(line for line in message.splitlines() if url in line)
+        assert reason in line
+    assert str(tmp_path / "by_hand" / "set.gz") in message
+    assert left(tmp_path) == []
+
+
+def test_wrong_hash_names_both_and_leaves_nothing(server, tmp_path):
+    with pytest.raises(ValueError) as error:
+        fetch(source(f"{server.url}/other"), tmp_path)
+    assert SHA256 in str(error.value)
+    assert hashlib.sha256(b"other bytes").hexdigest() in str(error.value)
+    assert left(tmp_path) == []
+
+
+def test_unknown_hash_is_recorded_and_compared(server, tmp_path):
+    fetch(source(f"{server.url}/good", sha256=None), tmp_path)
+    ledger = tmp_path / "archives" / "checksums.json"
+    assert json.loads(ledger.read_text()) == {"set.gz": SHA256}
+    (tmp_path / "archives" / "set.gz").unlink()
+    with pytest.raises(ValueError, match=f"expected {SHA256}.*checksums.json"):
+        fetch(source(f"{server.url}/other", sha256=None), tmp_path)
+    assert not (tmp_path / "archives" / "set.gz").exists()
+
+
+def test_file_put_there_by_hand_comes_first(server, tmp_path):
+    by_hand = tmp_path / "by_hand"
+    by_hand.mkdir()
+    (by_hand / "set.gz").write_bytes(BODY)
+    output, record = fetch(source(f"{server.url}/good"), tmp_path, by_hand)
+    assert output.read_bytes() == BODY
+    assert json.loads(record.read_text())["url"] == f"manual: {by_hand / 'set.gz'}"
+    assert server.requests == []
+
+
+def test_wrong_file_put_there_by_hand_is_refused(server, tmp_path):
+    by_hand = tmp_path / "by_hand"
+    by_hand.mkdir()
+    (by_hand / "set.gz").write_bytes(b"something else")
+    with pytest.raises(ValueError, match=f"expected {SHA256}"):
+        fetch(source(f"{server.url}/good"), tmp_path, by_hand)
+    assert left(tmp_path) == []
+
+
+def test_file_url(tmp_path):
+    (tmp_path / "mirror.gz").write_bytes(BODY)
+    output, _ = fetch(source((tmp_path / "mirror.gz").as_uri()), tmp_path)
+    assert output.read_bytes() == BODY
+
+
+def test_full_disk_is_found_before_the_download(server, tmp_path):
+    with pytest.raises(ValueError, match="are needed .* are free"):
+        fetch(source(f"{server.url}/good", bytes=10**18), tmp_path)
+    assert server.requests == []
+
+
+def test_command_line_reports_in_one_piece(server, tmp_path):
+    command = [sys.executable, SCRIPT, "--output", tmp_path / "a" / "set.gz"]
+    command += ["--record", tmp_path / "a" / "set.gz.source.json", "--source"]
+    good = subprocess.run(
+        [*command, json.dumps(source(f"{server.url}/good"))], capture_output=True, text=True
+    )
+    assert good.returncode == 0, good.stderr
+    bad = subprocess.run(
+        [*command, json.dumps(source(f"{server.url}/404"))], capture_output=True, text=True
+    )
+    assert bad.returncode == 1
+    assert "error: set: no URL gave set.gz" in bad.stderr
+    assert "Traceback" not in bad.stderr
