@@ -32,12 +32,28 @@ def rebatch(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         yield from pa.Table.from_batches(pending).combine_chunks().to_batches()
 
 
+def tight(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The same batch in buffers of exactly its size: Arrow would write what lies behind a slice too."""
+    columns = []
+    for column in batch.columns:
+        if not pa.types.is_nested(column.type):
+            columns.append(pa.array(column.to_numpy().copy()))
+            continue
+        values, offsets = values_and_offsets(column)
+        values = pa.array(values.copy())
+        if pa.types.is_fixed_size_list(column.type):
+            columns.append(pa.FixedSizeListArray.from_arrays(values, column.type.list_size))
+        else:
+            columns.append(pa.ListArray.from_arrays(pa.array(offsets.copy()), values))
+    return pa.record_batch(columns, schema=batch.schema)
+
+
 def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
     """Write an Arrow IPC file; returns its number of rows."""
     num_rows = 0
     with pa.ipc.new_file(path, schema) as writer:
         for batch in rebatch(batches):
-            writer.write_batch(batch)
+            writer.write_batch(tight(batch))
             num_rows += batch.num_rows
     return num_rows
 

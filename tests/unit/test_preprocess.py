@@ -1,0 +1,574 @@
+"""Encodings, orders, caps and refused rows of preprocessing; the same bytes in every process."""
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import extract
+import inspect_data
+import numpy as np
+import preprocess
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lra import encode, order, readers
+from lra.arrow import read_arrow
+from PIL import Image
+
+SCRIPTS = Path(preprocess.__file__).parent
+LEVEL = "curv_contour_length_14"
+any_time = settings(deadline=None, database=None)  # the machine may be busy
+NO_CAPS = {"train": None, "dev": None, "test": None}
+
+# ---------------------------------------------------------------- encodings
+
+
+def listops_row(ids: np.ndarray) -> bytes:
+    """A line with these symbols; parentheses and target are of no matter."""
+    return f"( {encode.decode_listops(ids)} )\t3\n".encode()
+
+
+@any_time
+@given(st.lists(st.lists(st.integers(1, 15), min_size=1, max_size=30), min_size=1, max_size=20))
+def test_listops_decodes_to_what_was_encoded(rows):
+    rows = [np.array(row) for row in rows]
+    ids, lengths, labels, faults = encode.encode_listops(b"".join(map(listops_row, rows)), 30)
+    assert lengths.tolist() == [len(row) for row in rows]
+    assert ids.tolist() == np.concatenate(rows).tolist()
+    assert labels.tolist() == [3] * len(rows)
+    assert not faults.any()
+
+
+@any_time
+@given(st.lists(st.binary(max_size=40), max_size=20), st.integers(1, 50))
+def test_text_decodes_to_what_was_encoded(texts, max_length):
+    rows = encode.encode_text(texts, max_length).to_pylist()
+    assert [encode.decode_text(row) for row in rows] == [text[:max_length] for text in texts]
+    assert all(1 <= index <= 256 for row in rows for index in row)
+
+
+def test_listops_ids_are_in_the_written_order():
+    line = b"( ( ( ( [MIN 0 ) ( [MAX 9 ) ) ( [MED 5 ) ) ( [SM 1 ) ] )\t7\r\n"
+    ids, lengths, labels, _ = encode.encode_listops(line, 100)
+    assert ids.tolist() == [1, 6, 2, 15, 3, 11, 4, 7, 5]
+    assert (lengths.tolist(), labels.tolist()) == ([9], [7])
+    assert encode.encode_listops(line, 100, brackets=False)[0].tolist() == [
+        1,
+        6,
+        2,
+        15,
+        3,
+        11,
+        4,
+        7,
+    ]
+
+
+FAULTS = [
+    (b"", "two fields"),
+    (b"( [MAX 1 ) 2 ] )", "two fields"),
+    (b"( [MAX 1 ) 2 ] )\t1\t1", "two fields"),
+    (b"( [MAX 1 ) 2 ] )\t10", "label"),
+    (b"( [MAX 1 ) 2 ] )\t", "label"),
+    (b"( [MAX 1 ) 2 ] )\tx", "label"),
+    (b"( [MAX 1 ) 2 ] )\t]", "label"),
+    (b"( [MAD 1 ) 2 ] )\t1", "unknown"),
+    (b"( [MAXX 1 ) 2 ] )\t1", "unknown"),
+    (b"( [MAX 12 ) 2 ] )\t1", "unknown"),
+    (b"( [MAX1 ) 2 ] )\t1", "unknown"),
+    (b"( [ 1 ) 2 ] )\t1", "unknown"),
+    (b"( \x02 1 ) 2 ] )\t1", "unknown"),
+    (b"( [SM \xc3\xa9 ) 2 ] )\t1", "unknown"),
+    (b"( [MAX 1 ) 2 3 4 5 ] )\t1", "longer"),
+    (b"( )\t1", "no symbols"),
+]
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize(("line", "reason"), FAULTS)
+def test_listops_fault_takes_out_its_own_row_only(line, reason, end):
+    good = b"( [SM 4 ) ] )\t4" + end
+    ids, lengths, labels, faults = encode.encode_listops(good + line + end + good, 5)
+    assert faults[[0, 2]].tolist() == [0, 0]
+    assert reason in encode.LISTOPS_FAULTS[faults[1]]
+    assert lengths.tolist() == [3, 0, 3]
+    assert ids.tolist() == [4, 10, 5] * 2
+    assert labels[[0, 2]].tolist() == [4, 4]
+
+
+@any_time
+@given(st.data())
+def test_listops_agrees_with_a_plain_reading(data):
+    alphabet = st.sampled_from([*encode.SYMBOLS, "(", ")", "[MAD", "x", "", "MIN", "[", "11"])
+    sources = st.lists(alphabet, max_size=12).map(" ".join)
+    lines = data.draw(
+        st.lists(
+            st.tuples(sources, st.sampled_from("05x\t")).map("\t".join), min_size=1, max_size=9
+        )
+    )
+    expected = []
+    for line in lines:
+        fields = line.split("\t")
+        symbols = [s for s in fields[0].split(" ") if s not in ("", "(", ")")]
+        good = (
+            len(fields) == 2 and fields[1] in tuple("0123456789") and symbols and len(symbols) < 9
+        )
+        good = good and all(symbol in encode.SYMBOLS for symbol in symbols)
+        expected.append([encode.SYMBOLS.index(s) + 1 for s in symbols] if good else [])
+    ids, lengths, _, faults = encode.encode_listops("".join(f"{x}\n" for x in lines).encode(), 8)
+    assert lengths.tolist() == [len(row) for row in expected]
+    assert ids.tolist() == [index for row in expected for index in row]
+    assert (faults > 0).tolist() == [not row for row in expected]
+
+
+def test_gray_of_known_colours():
+    colours = [(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255), (10, 200, 30)]
+    expected = [0, 255, 76, 149, 29, 124]
+    assert encode.to_gray(np.array(colours, np.uint8)).tolist() == expected
+
+
+@any_time
+@given(st.integers(0, 255))
+def test_gray_of_gray_is_itself(value):
+    assert encode.to_gray(np.full((1, 1, 3), value, np.uint8)).item() == value
+
+
+def test_gray_is_that_of_tensorflow(tf_python):
+    program = """
+import os, sys
+os.environ.update(CUDA_VISIBLE_DEVICES="", TF_CPP_MIN_LOG_LEVEL="3")
+import numpy as np, tensorflow as tf
+from lra.encode import to_gray
+colours = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), dtype=np.uint8)
+colours[0, :256] = np.arange(256)[:, None]
+assert (to_gray(colours) == tf.image.rgb_to_grayscale(colours).numpy()[..., 0]).all()
+"""
+    subprocess.run(
+        [tf_python, "-c", program], check=True, env=os.environ | {"PYTHONPATH": str(SCRIPTS)}
+    )
+
+
+# ---------------------------------------------------------------- orders and choices
+
+
+def test_cifar_order_is_that_of_tfds():
+    found = order.tfds_order(range(50_000), "train")
+    assert found[:3].tolist() == [16399, 1680, 47917]
+    assert found[45_000:45_005].tolist() == [13431, 9237, 17462, 32685, 9518]
+    joined = ",".join(map(str, found.tolist())).encode()
+    expected = "4b69f5cd2d2dbc981ba882aeb0eefa50909b65ed2703a64525c6c2056ad252f7"
+    assert hashlib.sha256(joined).hexdigest() == expected
+
+
+@any_time
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 99)), min_size=1, max_size=80),
+    st.integers(1, 90),
+    st.randoms(),
+)
+def test_cap_is_a_stratified_subset_of_its_size(rows, cap, random):
+    labels = np.array([label for label, _ in rows], np.uint8)
+    keys = np.array([key for _, key in rows], np.uint64)
+    chosen = order.choose_capped(labels, keys, cap)
+    assert chosen.sum() == min(cap, len(rows))
+    for label in set(labels.tolist()):
+        share = (labels == label).sum() * chosen.sum() / len(rows)
+        assert abs((chosen & (labels == label)).sum() - share) < 1
+        others = keys[(labels == label) & ~chosen]
+        assert all((keys[(labels == label) & chosen, None] <= others).ravel())
+    shuffled = random.sample(range(len(rows)), len(rows))
+    again = order.choose_capped(labels[shuffled], keys[shuffled], cap)
+    pairs = sorted(zip(labels[chosen].tolist(), keys[chosen].tolist(), strict=True))
+    assert pairs == sorted(
+        zip(labels[shuffled][again].tolist(), keys[shuffled][again].tolist(), strict=True)
+    )
+
+
+@any_time
+@given(st.lists(st.integers(0, 9), max_size=60))
+def test_holdout_has_the_smallest_keys(keys):
+    keys = np.array(keys, np.uint64)
+    chosen = order.choose_holdout(keys, 0.1)
+    assert chosen.sum() == round(len(keys) * 0.1)
+    assert all((keys[chosen, None] <= keys[~chosen]).ravel())
+
+
+# ---------------------------------------------------------------- whole tasks
+
+
+def add_record(run_data: Path, file: str, data: str = "generated") -> None:
+    path = run_data / "archives" / f"{file}.source.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"name": file, "file": file, "url": "file:///here", "sha256": "00", "bytes": 1}
+    path.write_text(json.dumps(record | {"data": data, "licence": "", "provenance": ""}))
+
+
+def listops_lines(count: int, seed: int) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [
+        f"( ( [SM {' ) '.join(map(str, rng.integers(0, 10, rng.integers(2, 9))))} ) ] )\t{label}"
+        for label in rng.integers(0, 10, count)
+    ]
+
+
+def make_listops(
+    run_data: Path, lines: dict[str, list[str]] | None = None, end: str = "\n"
+) -> None:
+    add_record(run_data, "lra_release.gz", "released")
+    folder = run_data / "raw" / "listops"
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, split in enumerate(("train", "val", "test")):
+        rows = (lines or {}).get(split) or listops_lines(3000 if split == "train" else 40, seed)
+        text = "".join(row + end for row in ["Source\tTarget", *rows])
+        (folder / f"basic_{split}.tsv").write_bytes(text.encode())
+
+
+def run(run_data: Path, task: str, max_length: int, caps: dict | None = None, **options) -> dict:
+    config = {"task": task, "caps": NO_CAPS | (caps or {}), "max_length": max_length}
+    return preprocess.preprocess(task, config | {"options": options}, run_data, run_data / task)
+
+
+def rows_of(run_data: Path, task: str, split: str) -> list[dict]:
+    return [row for b in read_arrow(run_data / task / f"{split}.arrow") for row in b.to_pylist()]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def test_listops_files_and_manifest(tmp_path):
+    lines = {"test": ["( [MAX 1 ) 2 ] )\t2", "( [BAD 1 ) 2 ] )\t2", "( [MIN 1 ) 2 ] )\t1"]}
+    make_listops(tmp_path, lines)
+    manifest = run(tmp_path, "listops", 20)
+    assert rows_of(tmp_path, "listops", "test") == [
+        {"input_ids_0": [2, 7, 8, 5], "label": 2},
+        {"input_ids_0": [1, 7, 8, 5], "label": 1},
+    ]
+    path = tmp_path / "listops" / "test.arrow"
+    assert json.loads((tmp_path / "listops" / "manifest.json").read_text()) == manifest
+    assert manifest["splits"]["test"] == {
+        "file": "test.arrow",
+        "rows": 2,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "bytes": path.stat().st_size,
+        "label_counts": {str(n): int(n in (1, 2)) for n in range(10)},
+        "length": {"min": 4, "max": 4, "mean": 4.0},
+        "refused": [{"file": "basic_test.tsv", "line": 3, "reason": "unknown symbol"}],
+        "num_refused": 1,
+    }
+    fixed = {"vocab_size": 16, "num_classes": 10, "num_inputs": 1, "padding_id": 0}
+    fixed |= {"data": "released", "input_type": "text", "symbols": list(encode.SYMBOLS)}
+    assert fixed.items() <= manifest.items()
+    assert "file:///here" not in json.dumps(manifest)
+    schema = pa.ipc.open_file(path).schema
+    assert schema == pa.schema([("input_ids_0", pa.list_(pa.uint8())), ("label", pa.uint8())])
+    assert sorted(hashes(tmp_path / "listops")) == [
+        "dev.arrow", "manifest.json", "test.arrow", "train.arrow",
+    ]  # fmt: skip
+
+
+def test_line_ends_and_sizes_of_reads_do_not_matter(tmp_path, monkeypatch):
+    found = []
+    for end, size in (("\n", 1 << 20), ("\r\n", 1 << 20), ("\n", 100), ("\n", 5000)):
+        monkeypatch.setattr(readers, "READ_BYTES", size)
+        make_listops(tmp_path, end=end)
+        run(tmp_path, "listops", 20)
+        found.append(hashes(tmp_path / "listops"))
+    assert all(hashed == found[0] for hashed in found)
+
+
+def test_last_line_without_an_end(tmp_path):
+    make_listops(tmp_path)
+    path = tmp_path / "raw/listops/basic_test.tsv"
+    path.write_bytes(path.read_bytes().rstrip())
+    assert run(tmp_path, "listops", 20)["splits"]["test"]["rows"] == 40
+
+
+def test_hash_seed_does_not_matter(tmp_path):
+    make_listops(tmp_path)
+    config = {"task": "listops", "caps": {"train": 500, "dev": None, "test": 7}, "max_length": 20}
+    found = []
+    for seed in ("1", "2"):
+        command = [sys.executable, SCRIPTS / "preprocess.py", "--task", "lra-listops"]
+        command += ["--config", json.dumps(config), "--run-data", tmp_path]
+        command += ["--output-dir", tmp_path / seed]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": seed})
+        found.append(hashes(tmp_path / seed))
+    assert found[0] == found[1]
+
+
+def test_cap_keeps_order_and_does_not_depend_on_it(tmp_path):
+    lines = list(dict.fromkeys(listops_lines(3000, 1)))
+    make_listops(tmp_path, {"train": lines})
+    run(tmp_path, "listops", 20)
+    full = rows_of(tmp_path, "listops", "train")
+    manifest = run(tmp_path, "listops", 20, {"train": 1500})
+    capped = rows_of(tmp_path, "listops", "train")
+    assert manifest["splits"]["train"]["rows"] == len(capped) == 1500
+    rest = iter(full)
+    assert all(row in rest for row in capped)
+    make_listops(tmp_path, {"train": lines[::-1]})
+    run(tmp_path, "listops", 20, {"train": 1500})
+    assert rows_of(tmp_path, "listops", "train") == capped[::-1]
+
+
+def test_lossy_form_of_listops_is_labelled(tmp_path):
+    make_listops(tmp_path)
+    manifest = run(tmp_path, "listops", 20, brackets=False)
+    assert manifest["options"] == {"brackets": False}
+    assert not any(encode.CLOSE in r["input_ids_0"] for r in rows_of(tmp_path, "listops", "train"))
+
+
+def test_split_without_rows_leaves_what_was_there(tmp_path):
+    make_listops(tmp_path)
+    run(tmp_path, "listops", 20)
+    before = hashes(tmp_path / "listops")
+    make_listops(tmp_path, {"test": ["no fields"]})
+    with pytest.raises(ValueError, match=r"test split has no rows: 1 refused.*basic_test.tsv"):
+        run(tmp_path, "listops", 20)
+    assert hashes(tmp_path / "listops") == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["archives", "listops", "raw"]
+
+
+def test_missing_header(tmp_path):
+    make_listops(tmp_path)
+    (tmp_path / "raw/listops/basic_val.tsv").write_text("( [MAX 1 ) ] )\t1\n")
+    with pytest.raises(ValueError, match=r"basic_val.tsv:1: expected the header"):
+        run(tmp_path, "listops", 20)
+
+
+def test_retrieval_rows(tmp_path):
+    add_record(tmp_path, "lra_release.gz")
+    folder = tmp_path / "raw" / "retrieval"
+    folder.mkdir(parents=True)
+    rows = [
+        b'1.0\ta\tb\tsays "yes\tand\tmore\r\n',
+        b"0\ta\tb\t\xff\xfe not utf-8\t" + b"x" * 50 + b"\n",
+        b"0\ta\tb\tfour fields\n",
+        b"\n",
+        b"2\ta\tb\tone\ttwo\n",
+        b"nan\ta\tb\tone\ttwo\n",
+        b"1\ta\tb\tone\ttwo",
+    ]
+    for name in ("train", "eval", "test"):
+        (folder / f"new_aan_pairs.{name}.tsv").write_bytes(b"".join(rows))
+    manifest = run(tmp_path, "retrieval", 12)
+    texts = [
+        (decode(row["input_ids_0"]), decode(row["input_ids_1"]), row["label"])
+        for row in rows_of(tmp_path, "retrieval", "dev")
+    ]
+    assert texts == [
+        (b'says "yes', b"and\tmore", 1),
+        (b"\xff\xfe not utf-8"[:12], b"x" * 12, 0),
+        (b"one", b"two", 1),
+    ]
+    refused = manifest["splits"]["train"]["refused"]
+    assert [(row["file"], row["line"]) for row in refused] == [
+        ("new_aan_pairs.train.tsv", line) for line in (3, 4, 5, 6)
+    ]
+    assert ["fields" in row["reason"] for row in refused] == [True, True, False, False]
+    assert (manifest["num_inputs"], manifest["vocab_size"]) == (2, 257)
+
+
+def decode(ids: list[int]) -> bytes:
+    return encode.decode_text(np.array(ids))
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def make_pathfinder(run_data: Path, reverse: bool = False, changes: dict | None = None) -> dict:
+    """200 images in 12 folders; returns the pixels by key."""
+    add_record(run_data, "lra_release.gz")
+    rng = np.random.default_rng(0)
+    files: dict[str, bytes] = {}
+    pixels: dict[str, tuple[list[int], int]] = {}
+    for folder in range(12):
+        lines = []
+        for number in range(20):
+            image = rng.integers(0, 256, (8, 8), dtype=np.uint8)
+            files[f"imgs/{folder}/sample_{number}.png"] = png(image)
+            label = int(rng.integers(0, 2))
+            lines.append(f"imgs/{folder} sample_{number}.png {number} {label} 1.0 14 4 2 0.5 1 1\n")
+            key = f"imgs/{folder}_sample_{number}.png_{number + 1}"
+            pixels[key] = (image.ravel().tolist(), label)
+        files[f"metadata/{folder}.npy"] = "".join(lines).encode()
+    files |= changes or {}
+    path = run_data / "raw" / "pathfinder" / f"{LEVEL}.tar"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in sorted(files, reverse=reverse):
+            info = tarfile.TarInfo(name)
+            info.size = len(files[name])
+            tar.addfile(info, io.BytesIO(files[name]))
+    return pixels
+
+
+def all_rows(run_data: Path, task: str) -> list[tuple[list[int], int]]:
+    return [
+        (row["input_ids_0"], row["label"])
+        for split in preprocess.SPLITS
+        for row in rows_of(run_data, task, split)
+    ]
+
+
+def test_pathfinder_splits_follow_the_order_of_tfds(tmp_path):
+    pixels = make_pathfinder(tmp_path)
+    manifest = run(tmp_path, "pathfinder", 64, image_size=8)
+    assert [manifest["splits"][s]["rows"] for s in preprocess.SPLITS] == [192, 24, 24]
+    keys = sorted(pixels, key=lambda key: hashlib.md5(f"hard{key}".encode()).hexdigest())
+    assert all_rows(tmp_path, "pathfinder") == [pixels[key] for key in keys]
+    assert manifest["padding_id"] is None
+    schema = pa.ipc.open_file(tmp_path / "pathfinder" / "dev.arrow").schema
+    assert schema.field("input_ids_0").type == pa.list_(pa.uint8(), 64)
+
+
+def test_pathfinder_does_not_depend_on_the_order_of_members(tmp_path):
+    found = []
+    for reverse in (False, True):
+        make_pathfinder(tmp_path, reverse)
+        run(tmp_path, "pathfinder", 64, {"train": 50}, image_size=8)
+        found.append(hashes(tmp_path / "pathfinder"))
+    assert found[0] == found[1]
+
+
+def test_pathfinder_refuses_broken_images_and_lines(tmp_path):
+    good = png(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    lines = ["imgs/0 sample_0.png 0 1", "imgs/0 sample_1.png 1 7", "imgs/0", "imgs/0 gone.png 2 1"]
+    lines += [f"imgs/0 sample_{number}.png {number} 0" for number in range(4, 20)]
+    changes = {
+        "metadata/0.npy": "".join(line + "\n" for line in lines).encode(),
+        "imgs/0/sample_0.png": b"",
+        "imgs/0/sample_5.png": good[:50],
+        "imgs/0/sample_6.png": b"no image",
+        "imgs/0/sample_7.png": png(np.zeros((9, 8), np.uint8)),
+    }
+    pixels = make_pathfinder(tmp_path, changes=changes)
+    manifest = run(tmp_path, "pathfinder", 64, image_size=8)
+    refused = [row for s in preprocess.SPLITS for row in manifest["splits"][s]["refused"]]
+    found = {row["line"]: row["reason"] for row in refused}
+    assert {row["file"] for row in refused} == {f"{LEVEL}/metadata/0.npy"}
+    expected = {
+        1: "is empty", 2: "label '7'", 3: "4 fields", 4: "not in the archive",
+        6: "broken PNG", 7: "broken PNG", 8: "8x9",
+    }  # fmt: skip
+    assert found.keys() == expected.keys()
+    assert all(expected[line] in reason for line, reason in found.items())
+    # 236 of 240 were usable before their images were decoded: the shares are taken of those.
+    sizes = [manifest["splits"][s]["rows"] for s in preprocess.SPLITS]
+    assert sum(sizes) == 240 - len(expected)
+    assert abs(sizes[0] - 0.8 * 236) <= 3
+    assert len(pixels) == 240
+
+
+def test_pathfinder_image_size_must_fit_max_length(tmp_path):
+    make_pathfinder(tmp_path)
+    with pytest.raises(ValueError, match="max_length is 1024, but images of 8x8 have 64 pixels"):
+        run(tmp_path, "pathfinder", 1024, image_size=8)
+
+
+def test_binary_metadata_is_never_unpickled(tmp_path):
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([["imgs/0"]], dtype=object), allow_pickle=True)
+    make_pathfinder(tmp_path, changes={"metadata/3.npy": buffer.getvalue()})
+    with pytest.raises(ValueError, match="metadata/3.npy is a binary NumPy file"):
+        run(tmp_path, "pathfinder", 64, image_size=8)
+
+
+def test_tar_of_another_program_is_refused(tmp_path):
+    make_pathfinder(tmp_path, changes={"evil/name": b""})
+    with pytest.raises(ValueError, match="unexpected member 'evil/name'"):
+        run(tmp_path, "pathfinder", 64, image_size=8)
+
+
+def test_cut_tar_is_refused(tmp_path):
+    make_pathfinder(tmp_path)
+    path = tmp_path / "raw" / "pathfinder" / f"{LEVEL}.tar"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match="is cut"):
+        run(tmp_path, "pathfinder", 64, image_size=8)
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        (
+            "listops",
+            {"options": {"bracket": True}},
+            r"no option \['bracket'\]; it has \['brackets'\]",
+        ),
+        ("listops", {"options": {"brackets": "no"}}, "option brackets of listops is 'no'"),
+        ("listops", {"caps": {"valid": 3}}, r"unknown splits \['valid'\]"),
+        ("listops", {"caps": {"train": 0}}, "caps.train is 0"),
+        ("text", {"options": {"dev": "test"}}, "option dev of text"),
+        ("pathfinder", {"options": {"level": "hard"}}, "option level of pathfinder"),
+        ("listops", {"task": "text"}, "--task says 'listops'"),
+    ],
+)
+def test_configuration_errors_name_the_key(tmp_path, task, change, message):
+    with pytest.raises(ValueError, match=message):
+        preprocess.preprocess(task, {"max_length": 8} | change, tmp_path, tmp_path / task)
+    assert not (tmp_path / task).exists()
+
+
+@pytest.mark.parametrize("missing", ["archives", "raw"])
+def test_missing_input_names_the_step_that_makes_it(tmp_path, missing):
+    make_listops(tmp_path)
+    (tmp_path / missing).rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"is missing: (download|extract).py"):
+        run(tmp_path, "listops", 20)
+
+
+def test_unknown_task_is_one_line(tmp_path):
+    command = [sys.executable, SCRIPTS / "preprocess.py", "--task", "lra-sudoku", "--config", "{}"]
+    command += ["--run-data", tmp_path, "--output-dir", tmp_path / "x"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: unknown task 'lra-sudoku', expected one of listops,")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_tasks_without_tfds_import_no_tensorflow(tmp_path):
+    program = "import preprocess, sys; assert not {'tensorflow', 'PIL'} & set(sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
+def test_inspection_decodes_an_example(tmp_path):
+    make_listops(tmp_path, {"test": ["( [MAX 1 ) 2 ] )\t2"] * 3})
+    run(tmp_path, "listops", 20)
+    report = inspect_data.inspect(tmp_path / "listops", "test", 2)
+    assert report.splitlines()[-1] == "input_ids_0: [MAX 1 2 ]"
+    assert "test: 3 rows, 0 refused" in report
+    with pytest.raises(ValueError, match="rows 0 to 2, not 3"):
+        inspect_data.inspect(tmp_path / "listops", "test", 3)
+
+
+def test_extraction_and_preprocessing_fit_together(tmp_path):
+    """extract.py's tar is what the Pathfinder reader expects."""
+    make_pathfinder(tmp_path)
+    path = tmp_path / "raw" / "pathfinder" / f"{LEVEL}.tar"
+    release = tmp_path / "release.tar"
+    with tarfile.open(path) as source, tarfile.open(release, "w") as tar:
+        for info in source:
+            data = source.extractfile(info).read()
+            info.name = f"lra_release/lra_release/pathfinder32/{LEVEL}/{info.name}"
+            tar.addfile(info, io.BytesIO(data))
+        for name in (*extract.LISTOPS, *extract.RETRIEVAL):
+            folder = {"listops": "listops-1000", "retrieval": "tsv_data"}[name.split("/")[0]]
+            tar.addfile(tarfile.TarInfo(f"lra_release/{folder}/{name.split('/')[1]}"))
+    run(tmp_path, "pathfinder", 64, image_size=8)
+    before = hashes(tmp_path / "pathfinder")
+    path.unlink()
+    extract.extract(release, tmp_path / "raw", LEVEL)
+    run(tmp_path, "pathfinder", 64, image_size=8)
+    assert hashes(tmp_path / "pathfinder") == before
