@@ -152,7 +152,7 @@ def _new_like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _last_contiguous(x: torch.Tensor) -> torch.Tensor:
+def last_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -207,6 +207,7 @@ def block_sparse_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv [B, H, N, D]."""
     gradients = _new_like(q), _new_like(k), _new_like(v)
+    d_o = last_contiguous(d_o)
     csr = block_csr(block_mask, q.device)
     delta = torch.empty_like(lse) if q.is_cuda else None
     problem = _problem(q, lengths, lengths, denominator)
@@ -217,7 +218,7 @@ def block_sparse_backward(
         byref(_blocks(csr, block_size)),
         *(byref(_tensor(x)) for x in (q, k, v, o)),
         lse.data_ptr(),
-        *(byref(_tensor(x)) for x in (_last_contiguous(d_o), *gradients)),
+        *(byref(_tensor(x)) for x in (d_o, *gradients)),
         None if delta is None else delta.data_ptr(),
     )
     return gradients
@@ -287,6 +288,7 @@ def dense_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv [B, H, N, D]."""
     gradients = _new_like(q), _new_like(k), _new_like(v)
+    d_o = last_contiguous(d_o)
     delta = torch.empty_like(lse) if q.is_cuda else None
     problem = _problem(q, key_lengths, query_lengths, "renormalised")
     _call(
@@ -295,7 +297,7 @@ def dense_backward(
         byref(problem),
         *(byref(_tensor(x)) for x in (q, k, v, o)),
         lse.data_ptr(),
-        *(byref(_tensor(x)) for x in (_last_contiguous(d_o), *gradients)),
+        *(byref(_tensor(x)) for x in (d_o, *gradients)),
         None if delta is None else delta.data_ptr(),
     )
     return gradients

@@ -36,7 +36,7 @@ def run_block_sparse(backend, q, k, v, block_mask, block_size, lengths, denomina
         return reference.block_sparse_attention(
             q, k, v, block_mask, block_size, lengths, denominator, dropout_p
         )
-    q, k, v = (kernels._last_contiguous(x) for x in (q, k, v))
+    q, k, v = (kernels.last_contiguous(x) for x in (q, k, v))
     return kernels.block_sparse(q, k, v, block_mask, lengths, block_size, denominator)
 
 
@@ -44,7 +44,7 @@ def run_dense(backend, q, k, v, lengths, padded_queries, return_map, dropout_p):
     """Output and mean map (or None) from a backend, which is not "auto"."""
     if backend == "reference":
         return reference.dense_attention(q, k, v, lengths, padded_queries, return_map, dropout_p)
-    q, k, v = (kernels._last_contiguous(x) for x in (q, k, v))
+    q, k, v = (kernels.last_contiguous(x) for x in (q, k, v))
     query_lengths = lengths if padded_queries == "zero" else None
     o, _, mean_map = kernels.dense(q, k, v, lengths, query_lengths, return_map)
     return o, mean_map if return_map else None

@@ -9,6 +9,7 @@ differs from it. A failed build leaves the folder without libraries and with the
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -33,12 +34,15 @@ class BuildError(Exception):
 
 
 def find_tool(name: str) -> str:
-    """Path of a build tool beside this Python, or on PATH."""
-    beside = Path(sys.executable).parent / name
-    path = str(beside) if beside.exists() else shutil.which(name)
-    if path is None:
-        raise BuildError(f"{name} not found: run this in the environment of envs/torch.yaml")
-    return path
+    """Path of a build tool: the one of this Python's packages, else the one on PATH."""
+    if importlib.util.find_spec(name):
+        package = importlib.import_module(name)
+        folder = package.CMAKE_BIN_DIR if name == "cmake" else package.BIN_DIR
+        if path := shutil.which(name, path=folder):
+            return path
+    if path := shutil.which(name):
+        return path
+    raise BuildError(f"{name} not found: run this in the environment of envs/torch.yaml")
 
 
 def find_cxx() -> str:

@@ -1,0 +1,36 @@
+"""Fixtures that several test modules use."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def kernels_dir(tmp_path_factory):
+    """Folder with libsat_cpu.so, built once a session; $SAT_KERNELS names it while the tests run."""
+    folder = tmp_path_factory.mktemp("kernels")
+    script = ROOT / "workflow" / "scripts" / "build_kernels.py"
+    arguments = ["--source", ROOT / "csrc", "--output-dir", folder, "--cuda", "off"]
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before = os.environ.get("SAT_KERNELS")
+    os.environ["SAT_KERNELS"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["SAT_KERNELS"]
+    else:
+        os.environ["SAT_KERNELS"] = before
+
+
+@pytest.fixture(scope="session")
+def tf_python():
+    """The interpreter of the TensorFlow environment, for scripts run as a subprocess; $SAT_TF_PYTHON names another."""
+    python = Path(os.environ.get("SAT_TF_PYTHON", ROOT / ".venvs/tf/bin/python"))
+    if not python.exists():
+        pytest.skip(f"no TensorFlow environment: {python} does not exist (make test makes it)")
+    return python

@@ -1,0 +1,261 @@
+"""The CPU kernels against `reference` in float64: values and gradients, padding, extremes, threads."""
+
+import platform
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sat.attention as attention
+from sat import backends
+from sat.attention import kernels, selection
+
+pytestmark = pytest.mark.usefixtures("kernels_dir")
+
+
+ARM = platform.machine() in ("aarch64", "arm64")
+
+
+@pytest.fixture(params=["neon"] if ARM else ["baseline", "avx2", "avx512"])
+def instruction_set(request, kernels_dir):
+    """Every instruction set of the library that this machine has."""
+    library = kernels.load_library("cpu")
+    if library.sat_use_instruction_set(request.param.encode()) != 0:
+        pytest.skip(f"no {request.param} here")
+    yield request.param
+    library.sat_use_instruction_set(None)
+
+
+def run(function, backend, dtype, inputs):
+    """Outputs of function(q, k, v, backend) and the gradients of the first one."""
+    q, k, v, d_o = (x.to(dtype) for x in inputs)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    outputs = function(*leaves, backend)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [*outputs, *torch.autograd.grad(outputs[0], leaves, d_o)]
+
+
+def check(function, inputs, rounding=1e-7):
+    """At most twice the error of plain PyTorch in float32, or 1e-5 of the largest value.
+
+    Where a softmax has one winner, the gradient of its scores is the rounding of dO v - <dO, o>:
+    `rounding`, relative to the size of these.
+    """
+    q, k, v, d_o = (x.abs().max().item() for x in inputs)
+    rounding *= d_o * v * max(q, k)
+    exact = run(function, "reference", torch.float64, inputs)
+    plain = run(function, "reference", torch.float32, inputs)
+    ours = run(function, "cpu", torch.float32, inputs)
+    for expected, rough, got in zip(exact, plain, ours, strict=True):
+        assert torch.equal(got.isinf(), expected.isinf())  # log-sum-exp of empty rows
+        expected, rough, got = (x.double().nan_to_num(neginf=0) for x in (expected, rough, got))
+        error = (got - expected).abs().max().item()
+        allowed = max(2 * (rough - expected).abs().max(), 1e-5 * expected.abs().max()).item()
+        assert error <= allowed + rounding
+
+
+def random(shape, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v, d_o = (torch.randn(shape, generator=generator) for _ in range(4))
+    return [q * scale, k, v, d_o]
+
+
+def random_mask(num_blocks, kind="random"):
+    mask = torch.zeros(num_blocks, num_blocks, dtype=torch.bool)
+    if kind == "all":
+        mask[:] = True
+    elif kind == "one":
+        mask[num_blocks - 1, 0] = True
+    elif kind == "random":
+        mask = torch.rand(mask.shape, generator=torch.Generator().manual_seed(7)) < 0.4
+        mask[0], mask[1] = False, True
+    return mask
+
+
+def sparse(mask, block_size, **options):
+    return lambda q, k, v, backend: attention.block_sparse_attention(
+        q, k, v, mask, block_size=block_size, return_lse=True, backend=backend, **options
+    )
+
+
+@pytest.mark.parametrize("denominator", kernels.DENOMINATORS)
+@pytest.mark.parametrize("width", [8, 32, 40, 64])
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+def test_block_sparse(instruction_set, block_size, width, denominator):
+    length = 4 * block_size
+    lengths = torch.tensor([length, length // 2 + 5, 1, 0])
+    function = sparse(random_mask(4), block_size, lengths=lengths, denominator=denominator)
+    check(function, random((4, 2, length, width)))
+
+
+@pytest.mark.parametrize("denominator", kernels.DENOMINATORS)
+@pytest.mark.parametrize("kind", ["none", "one", "all"])
+def test_extreme_masks(kind, denominator):
+    check(sparse(random_mask(3, kind), 32, denominator=denominator), random((1, 1, 96, 32)))
+
+
+@pytest.mark.parametrize("padded_queries", ["zero", "attend"])
+@pytest.mark.parametrize("shape", [(4, 2, 64, 32), (4, 1, 37, 8), (4, 2, 130, 64)])
+def test_dense_with_map(instruction_set, shape, padded_queries):
+    lengths = torch.tensor([shape[2], shape[2] // 2 + 3, 1, 0])
+    check(
+        lambda q, k, v, backend: attention.dense_attention(
+            q,
+            k,
+            v,
+            lengths=lengths,
+            padded_queries=padded_queries,
+            return_map=True,
+            backend=backend,
+        ),
+        random(shape),
+    )
+
+
+@pytest.mark.parametrize("scale", [30.0, 1e4])
+@pytest.mark.parametrize("denominator", kernels.DENOMINATORS)
+def test_large_scores_stay_finite(instruction_set, denominator, scale):
+    inputs = random((2, 1, 64, 32), scale=scale)
+    check(sparse(random_mask(2, "all"), 32, denominator=denominator), inputs)
+    mask = torch.eye(4, dtype=torch.bool)
+    check(sparse(mask, 16, denominator=denominator), inputs)
+    check(lambda q, k, v, backend: attention.dense_attention(q, k, v, backend=backend), inputs)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("denominator", kernels.DENOMINATORS)
+def test_all_scores_of_a_row_at_one_end(denominator, sign):
+    q, k, v, d_o = random((1, 1, 64, 32))
+    q, k = sign * 100 * q.abs(), 10 * k.abs()  # every score is far above or far below 0
+    assert (q @ k.mT / 32**0.5).abs().min() > 1e3
+    # Weights come from a float32 log-sum-exp, whose last digit is 1e-3 here.
+    function = sparse(torch.eye(2, dtype=torch.bool), 32, denominator=denominator)
+    check(function, [q, k, v, d_o], 1e-6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from([16, 32, 64]),
+    st.integers(1, 4),
+    st.sampled_from([8, 16, 24, 32, 64]),
+    st.integers(0, 2**16 - 1),
+    st.data(),
+)
+def test_any_shape_and_mask(batch, heads, block_size, num_blocks, width, bits, data):
+    length = num_blocks * block_size
+    mask = torch.tensor(
+        [[bool(bits >> (4 * i + j) & 1) for j in range(num_blocks)] for i in range(num_blocks)]
+    )
+    lengths = [data.draw(st.integers(0, length)) for _ in range(batch)]
+    function = sparse(mask, block_size, lengths=torch.tensor(lengths))
+    check(function, random((batch, heads, length, width), seed=bits))
+
+
+def test_views_into_a_packed_qkv():
+    packed = torch.randn(2, 64, 3, 2, 32, generator=torch.Generator().manual_seed(0))
+    views = [x.transpose(1, 2) for x in packed.unbind(2)]
+    copies = [x.contiguous() for x in views]
+    mask = random_mask(4)
+    for function in (sparse(mask, 16), attention.dense_attention):
+        options = {} if function is attention.dense_attention else {"backend": "cpu"}
+        first, second = function(*views, **options), function(*copies, **options)
+        first, second = (x[0] if isinstance(x, tuple) else x for x in (first, second))
+        assert torch.equal(first, second)
+
+
+def test_gradients_reach_a_packed_qkv():
+    packed = torch.randn(2, 64, 3, 2, 32, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for backend in ("reference", "cpu"):
+        leaf = packed.clone().requires_grad_()
+        q, k, v = (x.transpose(1, 2) for x in leaf.unbind(2))
+        o = attention.block_sparse_attention(
+            q, k, v, random_mask(2), block_size=32, backend=backend
+        )
+        # sum() gives an expanded gradient, whose strides are 0
+        gradients.append(torch.autograd.grad(o.sum(), leaf)[0])
+    torch.testing.assert_close(*gradients)
+
+
+def test_odd_strides():
+    big = torch.randn(3, 4, 80, 96, generator=torch.Generator().manual_seed(0))
+    q, k = big[1:, ::2, 3:67, 5:37], big[:2, 1::2, 16:, 64:]
+    v = big[1:, :2, :64, ::3]  # the last dimension is not contiguous
+    mask = random_mask(4)
+    o = sparse(mask, 16)(q, k, v, "cpu")[0]
+    assert torch.equal(o, sparse(mask, 16)(*(x.contiguous() for x in (q, k, v)), "cpu")[0])
+
+
+def test_the_number_of_threads_changes_no_bit(instruction_set):
+    inputs = random((2, 2, 128, 32))
+    lengths = torch.tensor([128, 70])
+    functions = [
+        sparse(random_mask(4), 32, lengths=lengths),
+        lambda q, k, v, backend: attention.dense_attention(
+            q, k, v, lengths=lengths, return_map=True, backend=backend
+        ),
+    ]
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for num_threads in (1, 2, 3, 7):  # 7 > batch * heads: the backward in two passes
+            torch.set_num_threads(num_threads)
+            results.append([run(f, "cpu", torch.float32, inputs) for f in functions])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(sum(results[0], []), sum(other, []), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_nan_in_nan_out(instruction_set, which):
+    inputs = random((1, 1, 64, 32))
+    inputs[which][0, 0, 40, 3] = float("nan")
+    mask = torch.eye(2, dtype=torch.bool)
+    o = sparse(mask, 32)(*inputs[:3], "cpu")[0]
+    dense = attention.dense_attention(*inputs[:3], backend="cpu")
+    assert not o[:, :, :32].isnan().any()  # rows that do not see it
+    if which == 0:
+        assert o[0, 0, 40].isnan().all() and dense[0, 0, 40].isnan().all()
+    elif which == 1:
+        assert o[0, 0, 32:].isnan().all() and dense.isnan().all()
+    else:
+        assert o[0, 0, 32:, 3].isnan().all() and dense[..., 3].isnan().all()
+    gradients = run(sparse(mask, 32), "cpu", torch.float32, inputs)[2:]
+    assert all(x.isnan().any() for x in gradients[:2])
+
+
+def test_nan_in_padding_is_not_read():
+    inputs = random((1, 1, 64, 32))
+    for x in inputs:
+        x[:, :, 40:] = float("nan")
+    for backend in ("reference", "cpu"):
+        function = sparse(random_mask(2, "all"), 32, lengths=torch.tensor([40]))
+        o, lse, *gradients = run(
+            function, backend, torch.float32, [*inputs[:3], torch.ones(inputs[0].shape)]
+        )
+        assert all(torch.isfinite(x).all() for x in (o, lse[..., :40], *gradients))
+        assert not any(x[:, :, 40:].any() for x in (o, *gradients))
+
+
+def test_operators_pass_opcheck():
+    q, k, v, _ = random((1, 2, 64, 8))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    lengths = torch.tensor([50], dtype=torch.int32)
+    torch.library.opcheck(
+        kernels.block_sparse, (*leaves, random_mask(4), lengths, 16, "zero_logits")
+    )
+    torch.library.opcheck(kernels.dense, (*leaves, lengths, None, True))
+
+
+def test_auto_takes_the_kernels_and_the_table_says_so(kernels_dir, capsys):
+    assert selection._choose.__wrapped__("cpu") == "cpu"
+    assert selection.largest_error("cpu") < 4e-6
+    backends.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["backend", "available", "correct", "speed"]
+    assert any(line.startswith("cpu") and "yes" in line for line in lines)
