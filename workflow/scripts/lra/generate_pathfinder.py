@@ -18,8 +18,8 @@ PADDLE_BRIGHTNESS = 0.75
 MARKER_RADIUS = 1.5
 BORDER = 1.2
 # Least distance of centre lines: of different snakes, and of a disc to what it does not mark.
-CLEARANCE = 2.4
-MARKER_CLEARANCE = 3.0
+CLEARANCE = 3.0
+MARKER_CLEARANCE = 3.3
 MARKER_DISTANCE = 5.0
 TURN = 0.3
 LOOK_AHEAD = np.array([2.0, 4.0])
@@ -29,7 +29,9 @@ BATCH = 256
 # Density of distractors in a window of 32x32: paddles in snakes, and paddles on their own.
 DISTRACTOR_PADDLES = 20
 SINGLE_PADDLES = 8
-FAR = 1e6
+FAR = 1e4
+# Points lie on a grid, so that the last bit of a sine decides nothing and distances are exact.
+GRID = 64
 
 
 def generate_images(
@@ -119,6 +121,7 @@ def _grow_snake(
             start = paddles[:, -1, None, 2] + PADDLE_GAP * _direction(bend)
         along = np.array([0, 0.5, 1])[:, None] * PADDLE_LENGTH
         points = start[:, :, None] + along * _direction(headings)[:, :, None]
+        points = np.round(points * GRID) / GRID
         # A paddle may be near the one before it, and near nothing else.
         others = np.concatenate((paddles[:, : first + max(step - 1, 0)], obstacles), axis=1)
         fits = _inside(points, image_size) & _clear(points, others, CLEARANCE)
@@ -146,11 +149,15 @@ def _inside(points: np.ndarray, image_size: int) -> np.ndarray:
 def _clear(points: np.ndarray, others: np.ndarray, clearance: float) -> np.ndarray:
     """bool [n, k]: are the points [n, k, p, 2] away from all paddles [n, m, 3, 2] of their image?"""
     num_images, num_candidates, num_points, _ = points.shape
-    flat = points.reshape(num_images, num_candidates * num_points, 1, 2).astype(np.float32)
-    far = others.reshape(num_images, 1, others.shape[1] * others.shape[2], 2).astype(np.float32)
-    squares = (flat[..., 0] - far[..., 0]) ** 2 + (flat[..., 1] - far[..., 1]) ** 2
-    near = (squares < clearance**2).any(2)
-    return ~near.reshape(num_images, num_candidates, num_points).any(2)
+    if not others.size:
+        return np.ones((num_images, num_candidates), bool)
+    mine = points.reshape(num_images, num_candidates * num_points, 2).astype(np.float32)
+    theirs = others.reshape(num_images, others.shape[1] * others.shape[2], 2).astype(np.float32)
+    squares = theirs @ (-2 * mine).swapaxes(1, 2)
+    squares += (theirs**2).sum(2)[:, :, None]
+    nearest = squares.min(1) + (mine**2).sum(2)
+    far = nearest >= clearance**2
+    return far.reshape(num_images, num_candidates, num_points).all(2)
 
 
 def _choose_markers(
