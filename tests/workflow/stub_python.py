@@ -1,0 +1,48 @@
+"""Stand-in for the interpreter of an environment: makes the files of the step that it is told to run, at once.
+
+Steps that need no packages (download.py, extract.py) run for real. stub_project.install_python puts the stand-in where
+Snakemake looks for an interpreter. Each call is a line of calls.jsonl in the
+working directory, so that tests see which environment ran which step.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+FILES = {
+    "preprocess.py": ["train.arrow", "dev.arrow", "test.arrow", "manifest.json"],
+    "build_kernels.py": ["libsat_cpu.so", "kernels.json"],
+    "sat": [
+        "config.json",
+        "metrics.json",
+        "history.jsonl",
+        "model.safetensors",
+        "pattern.safetensors",
+    ],
+    "collect.py": ["table.csv", "table.md", "table.tex"],
+    "figures.py": ["accuracy.svg", "pattern.svg"],
+}
+
+
+def main(arguments: list[str]) -> None:
+    step = arguments[1] if arguments[0] == "-m" else Path(arguments[0]).name
+    options = dict(zip(arguments, arguments[1:], strict=False))
+    call = {"python": sys.argv[0], "step": step, "PYTHONPATH": os.environ.get("PYTHONPATH")}
+    with open("calls.jsonl", "a") as calls:
+        calls.write(json.dumps(call) + "\n")
+    if step in ("download.py", "extract.py"):
+        os.execv(sys.executable, [sys.executable, *arguments])
+    if step == "prepare_tfds.py":
+        outputs = [
+            Path(options["--data-dir"], *options["--builder"].split(":"), "dataset_info.json")
+        ]
+    else:
+        outputs = [Path(options["--output-dir"], name) for name in FILES[step]]
+    for output in outputs:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(f"{step}: {output}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
