@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "instruction_set.hpp"
 
@@ -120,15 +121,17 @@ SAT_INLINE void product_tile(const float *a, int64_t a_row, int64_t a_step, cons
       for (int c = 0; c < Registers; ++c) sum[i][c] += factor * operand[c];
     }
   }
-#pragma GCC unroll 6
-  for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 2
-    for (int c = 0; c < Registers; ++c) done(i, c * kLanes, sum[i][c]);
+  for (int c = 0; c < Registers; ++c) {
+    Vec column[Rows];
+#pragma GCC unroll 6
+    for (int i = 0; i < Rows; ++i) column[i] = sum[i][c];
+    done(c * kLanes, column);
   }
 }
 
-// done(i, c, sum) for every i < count and c < width in steps of a register, where
-// sum = sum_{t < n} a[i * a_row + t * a_step] * x[t * x_step + c ...].
+// done(i, c, column) for all i < count in groups of up to 6 and c < width in steps of a register,
+// where column[r] = sum_{t < n} a[(i + r) * a_row + t * a_step] * x[t * x_step + c ...].
 template <class Done>
 SAT_INLINE void product(int64_t count, int64_t width, const float *a, int64_t a_row, int64_t a_step,
                         const float *x, int64_t x_step, int64_t n, Done done) {
@@ -138,42 +141,86 @@ SAT_INLINE void product(int64_t count, int64_t width, const float *a, int64_t a_
     int64_t c = 0;
     for (; c + 2 * kLanes <= width; c += 2 * kLanes)
       product_tile<kRows, 2>(a_tile, a_row, a_step, x + c, x_step, n,
-                             [&](int di, int64_t dc, Vec sum)
-                                 SAT_LAMBDA { done(i + di, c + dc, sum); });
+                             [&](int64_t dc, auto &column)
+                                 SAT_LAMBDA { done(i, c + dc, column); });
     if (c < width)
       product_tile<kRows, 1>(a_tile, a_row, a_step, x + c, x_step, n,
-                             [&](int di, int64_t dc, Vec sum)
-                                 SAT_LAMBDA { done(i + di, c + dc, sum); });
+                             [&](int64_t dc, auto &column)
+                                 SAT_LAMBDA { done(i, c + dc, column); });
   });
 }
 
 // out[i][c] += sum_t a[i * a_row + t * a_step] * x[t][c]
 void add_product(int64_t count, int64_t width, const float *a, int64_t a_row, int64_t a_step,
                  const float *x, int64_t x_step, int64_t n, float *out, int64_t out_row) {
-  product(count, width, a, a_row, a_step, x, x_step, n, [&](int64_t i, int64_t c, Vec sum) SAT_LAMBDA {
-    float *p = out + i * out_row + c;
-    store(p, load(p) + sum);
-  });
+  product(count, width, a, a_row, a_step, x, x_step, n,
+          [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
+            float *p = out + i * out_row + c;
+#pragma GCC unroll 6
+            for (Vec sum : column) {
+              store(p, load(p) + sum);
+              p += out_row;
+            }
+          });
 }
 
 float *at(const sat_tensor &t, int64_t batch, int64_t head, int64_t row) {
   return t.data + batch * t.batch_stride + head * t.head_stride + row * t.row_stride;
 }
 
-// to[d][r] = factor * from[r][d], zero from row `rows` on.
-void pack(const float *from, int64_t row_stride, int64_t rows, int64_t width, int64_t strip,
-          float factor, float *to) {
-  for (int64_t d = 0; d < width; ++d) {
-    for (int64_t r = 0; r < rows; ++r) to[d * strip + r] = from[r * row_stride + d] * factor;
-    for (int64_t r = rows; r < strip; ++r) to[d * strip + r] = 0;
+// One step of a transposition: exchanges the lanes of two rows that are `Step` apart.
+template <int Step, size_t... Lane>
+SAT_INLINE void exchange(Vec &a, Vec &b, std::index_sequence<Lane...>) {
+  const Vec low = __builtin_shufflevector(a, b, (Lane & Step ? kLanes + Lane - Step : Lane)...);
+  b = __builtin_shufflevector(a, b, (Lane & Step ? kLanes + Lane : Lane + Step)...);
+  a = low;
+}
+
+template <int Step>
+SAT_INLINE void transpose(Vec (&rows)[kLanes]) {
+  if constexpr (Step < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      if (!(i & Step))
+        exchange<Step>(rows[i], rows[i + Step], std::make_index_sequence<kLanes>());
+    transpose<2 * Step>(rows);
   }
 }
 
-// to[r][d] = factor[r] * from[d][r]
+// to[d][r] = factor * from[r][d], zero from row `rows` on.
+void pack(const float *from, int64_t row_stride, int64_t rows, int64_t width, int64_t strip,
+          float factor, float *to) {
+  for (int64_t r = 0; r < strip; r += kLanes)
+    for (int64_t d = 0; d < width; d += kLanes) {
+      Vec tile[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        tile[i] = r + i < rows ? load(from + (r + i) * row_stride + d) * factor : Vec{};
+      transpose<1>(tile);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(to + (d + i) * strip + r, tile[i]);
+    }
+}
+
+// to[r][d] = factor[r] * from[d][r] for d < width
 void unpack(const float *from, int64_t strip, int64_t rows, int64_t width, const float *factor,
             float *to, int64_t row_stride) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t d = 0; d < width; ++d) to[r * row_stride + d] = from[d * strip + r] * factor[r];
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    const Vec factors = load(factor + r);
+    int64_t d = 0;
+    for (; d + kLanes <= width; d += kLanes) {
+      Vec tile[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) tile[i] = load(from + (d + i) * strip + r) * factors;
+      transpose<1>(tile);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        if (r + i < rows) store(to + (r + i) * row_stride + d, tile[i]);
+    }
+    for (; d < width; ++d)  // the map may have any number of columns
+      for (int64_t i = r; i < least(r + kLanes, rows); ++i)
+        to[i * row_stride + d] = from[d * strip + i] * factor[i];
+  }
 }
 
 void clear_rows(const sat_tensor &t, int64_t batch, int64_t head, int64_t begin, int64_t end,
@@ -298,10 +345,18 @@ void weigh(const Plan &plan, int64_t batch, int64_t head, int64_t index, bool ke
   plan.for_each_chunk(index, plan.real_keys(batch), [&](int64_t j, int64_t n) SAT_LAMBDA {
     float *weights = s.weights + (keep ? j * strip : 0);
     product(n, strip, at(call.k, batch, head, j), call.k.row_stride, 1, s.q, strip, width,
-            [&](int64_t i, int64_t c, Vec score) SAT_LAMBDA {
-              const Vec p = exp2(score - load(s.shift + c));
-              store(weights + i * strip + c, p);
-              store(s.sum + c, load(s.sum + c) + p);
+            [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
+              const Vec shift = load(s.shift + c);
+              Vec sum = load(s.sum + c);
+              float *to = weights + i * strip + c;
+#pragma GCC unroll 6
+              for (Vec score : column) {
+                const Vec p = exp2(score - shift);
+                store(to, p);
+                sum += p;
+                to += strip;
+              }
+              store(s.sum + c, sum);
             });
     add_product(width, strip, at(call.v, batch, head, j), 1, call.v.row_stride, weights, strip, n,
                 s.o, strip);
@@ -314,8 +369,10 @@ void find_shift(const Plan &plan, int64_t batch, int64_t head, int64_t index, Fo
   for (int64_t r = 0; r < plan.strip; ++r) s.shift[r] = -__builtin_inff();
   plan.for_each_chunk(index, plan.real_keys(batch), [&](int64_t j, int64_t n) SAT_LAMBDA {
     product(n, plan.strip, at(call.k, batch, head, j), call.k.row_stride, 1, s.q, plan.strip,
-            call.problem.width, [&](int64_t, int64_t c, Vec score) SAT_LAMBDA {
-              store(s.shift + c, max(score, load(s.shift + c)));
+            call.problem.width, [&](int64_t, int64_t c, auto &column) SAT_LAMBDA {
+              Vec highest = load(s.shift + c);
+              for (Vec score : column) highest = max(score, highest);
+              store(s.shift + c, highest);
             });
   });
 }
@@ -470,13 +527,26 @@ __attribute__((noinline)) void backward_tile(const Plan &plan, int64_t batch, in
   const int64_t width = call.problem.width, strip = plan.strip, first = index * strip;
   const float *k = at(call.k, batch, head, j);
   product(n, strip, k, call.k.row_stride, 1, s.q, strip, width,
-          [&](int64_t i, int64_t c, Vec score) SAT_LAMBDA {
-            store(s.weights + i * strip + c, exp2(score - load(s.norm + c)));
+          [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
+            const Vec norm = load(s.norm + c);
+            float *to = s.weights + i * strip + c;
+#pragma GCC unroll 6
+            for (Vec score : column) {
+              store(to, exp2(score - norm));
+              to += strip;
+            }
           });
   product(n, strip, at(call.v, batch, head, j), call.v.row_stride, 1, s.d_o, strip, width,
-          [&](int64_t i, int64_t c, Vec d_weight) SAT_LAMBDA {
-            const Vec p = load(s.weights + i * strip + c);
-            store(s.d_scores + i * strip + c, p * (d_weight - load(s.delta + c)));
+          [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
+            const Vec delta = load(s.delta + c);
+            const float *p = s.weights + i * strip + c;
+            float *to = s.d_scores + i * strip + c;
+#pragma GCC unroll 6
+            for (Vec d_weight : column) {
+              store(to, load(p) * (d_weight - delta));
+              p += strip;
+              to += strip;
+            }
           });
   if (query_side)
     add_product(width, strip, k, 1, call.k.row_stride, s.d_scores, strip, n, s.dq, strip);

@@ -44,7 +44,7 @@ def block_sparse_attention(
             heads. Its CSR is kept as long as the tensor is not written to.
         lengths: integer [B], real tokens of each sequence, in [0, N]. Padded keys get no weight,
             padded query rows give 0. Checked when on the CPU; on a GPU, where a check would wait
-            for the device, kernels clamp them to [0, N].
+            for the device, and under torch.compile the kernels clamp them to [0, N].
         denominator: "zero_logits" or "renormalised".
         dropout_p: dropout on the probabilities; only `reference` has it.
         return_lse: also return log Σ_{j∈J_i} exp(s_ij) [B, H, N] (-inf for rows that give 0,
@@ -129,7 +129,7 @@ def _check_lengths(lengths, q) -> torch.Tensor | None:
         raise ValueError(
             f"lengths: expected integers [{q.shape[0]}], got {lengths.dtype} {list(lengths.shape)}"
         )
-    if lengths.device.type == "cpu" and len(lengths):
+    if lengths.device.type == "cpu" and len(lengths) and not torch.compiler.is_compiling():
         low, high = lengths.aminmax()
         if low < 0 or high > q.shape[2]:
             raise ValueError(
