@@ -51,12 +51,12 @@ CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 
 
 def in_env(name):
-    """A params function: the interpreter of the environment `name`.
+    """A params function: the interpreter of the environment `name`, quoted for the shell.
 
     A params function that takes `input` is not recorded, so switching --use-conda reruns nothing.
     """
-    without_conda = sys.executable if name == "python" else str(environments.interpreter(name))
-    return lambda wildcards, input: "python" if CONDA else without_conda
+    without_conda = sys.executable if name == "python" else environments.interpreter(name)
+    return lambda wildcards, input: "python" if CONDA else shlex.quote(str(without_conda))
 
 
 def in_root(wildcards, input):
