@@ -7,13 +7,13 @@ import stub_project
 @pytest.fixture
 def fresh(tmp_path):
     """A project in which nothing has run."""
-    return stub_project.make(tmp_path / "project")
+    return stub_project.make(tmp_path / "my project")
 
 
 @pytest.fixture(scope="session")
 def finished_once(tmp_path_factory):
     """A project in which everything has run. Not to be changed: take `finished`."""
-    project = stub_project.make(tmp_path_factory.mktemp("finished") / "project")
+    project = stub_project.make(tmp_path_factory.mktemp("finished") / "my project")
     project.run("all")
     return project
 
@@ -21,7 +21,7 @@ def finished_once(tmp_path_factory):
 @pytest.fixture
 def finished(finished_once, tmp_path):
     """A project in which everything has run, for one test to change."""
-    return finished_once.copy(tmp_path / "project")
+    return finished_once.copy(tmp_path / "my project")
 
 
 @pytest.fixture

@@ -185,6 +185,8 @@ def install_conda(base: Path) -> Path:
 
 
 def install(script: Path, path: Path) -> None:
+    """Make `path` an executable of the script. To sh it is one exec line, to Python that line is a string."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!{sys.executable}\n{script.read_text()}")
+    start = f"""#!/bin/sh\n'''exec' "{sys.executable}" "$0" "$@"\n'''\n"""
+    path.write_text(start + script.read_text())
     path.chmod(0o755)

@@ -61,7 +61,7 @@ TARGETS = {
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory):
     """The jobs that each target plans with the real configuration; two dry runs at a time."""
-    project = stub_project.make(tmp_path_factory.mktemp("targets") / "project")
+    project = stub_project.make(tmp_path_factory.mktemp("targets") / "my project")
 
     def plan(target):
         return project.jobs(*filter(None, [target]), configfile=None)
