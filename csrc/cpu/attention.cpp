@@ -498,13 +498,19 @@ int64_t prepare(const Plan &plan, int64_t batch, int64_t head, int64_t index, Ba
   std::memset(s.delta, 0, strip * sizeof(float));
   std::memcpy(s.norm, call.lse + (batch * problem.heads + head) * problem.length + first,
               rows * sizeof(float));
-  for (int64_t r = 0; r < rows; ++r) {
-    const float *o = at(call.o, batch, head, first + r), *d_o = at(call.d_o, batch, head, first + r);
-    Vec sum = {};
-    for (int64_t d = 0; d < width; d += kLanes) sum += load(o + d) * load(d_o + d);
-    float total = 0;
-    for (int64_t lane = 0; lane < kLanes; ++lane) total += sum[lane];
-    s.delta[r] = total * problem.scale;
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    Vec products[kLanes];  // [row][lane], then transposed and added
+    for (int i = 0; i < kLanes; ++i) {
+      products[i] = Vec{};
+      if (r + i >= rows) continue;
+      const float *o = at(call.o, batch, head, first + r + i);
+      const float *d_o = at(call.d_o, batch, head, first + r + i);
+      for (int64_t d = 0; d < width; d += kLanes) products[i] += load(o + d) * load(d_o + d);
+    }
+    transpose<1>(products);
+    Vec delta = products[0];
+    for (int i = 1; i < kLanes; ++i) delta += products[i];
+    store(s.delta + r, delta * problem.scale);
   }
 
   // log2(exp2(a) + c) without overflow

@@ -58,8 +58,8 @@ def test_no_compiler_names_the_packages(tmp_path):
 def test_a_failed_compile_shows_an_excerpt_and_keeps_the_log(tmp_path):
     source, folder = tmp_path / "csrc", tmp_path / "kernels"
     shutil.copytree(ROOT / "csrc", source)
-    with (source / "cpu/library.cpp").open("a") as file:
-        file.write("int broken( { return 0; }\n")
+    kernel = source / "cpu/attention.cpp"
+    kernel.write_text("int broken( { return 0; }\n" + kernel.read_text())
     folder.mkdir()
     (folder / "libsat_cpu.so").write_text("an older build")
     done = run_script(source, folder)
@@ -67,7 +67,7 @@ def test_a_failed_compile_shows_an_excerpt_and_keeps_the_log(tmp_path):
     assert "build.log" in done.stderr and "broken" in done.stderr
     assert len(done.stderr.splitlines()) < 25 and "Traceback" not in done.stderr
     assert [p.name for p in folder.iterdir()] == ["build.log"]
-    assert "cpu/library.cpp" in (folder / "build.log").read_text()
+    assert "cpu/attention.cpp" in (folder / "build.log").read_text()
 
 
 def test_a_wrong_source_folder_is_named(tmp_path):
