@@ -9,22 +9,20 @@ from random import Random
 
 import numpy as np
 
-# Topics of the papers: two texts are related when they are about the same one.
+# Topics of the papers, words and notation: two texts are related when they are about the same one.
 TOPICS = (
-    "parser treebank syntax grammar clause constituent dependency phrase projective derivation",
-    "speech phoneme acoustic waveform vowel utterance prosody pitch microphone formant",
-    "translation bilingual decoder alignment fluency corpus source target reordering bleu",
-    "sentiment opinion review polarity emotion sarcasm rating subjective lexicon mood",
-    "summary extract compress headline salience redundancy abstract digest coverage abridge",
-    "dialogue turn speaker intent belief slot assistant reply request booking",
-    "morphology stem suffix inflection paradigm affix lemma segment prefix agglutinative",
-    "entity mention coreference linking knowledge relation wikipedia name typed cluster",
+    "parser treebank syntax grammar clause (S (NP (VP (PP ))) constituent dependency phrase",
+    "speech phoneme acoustic vowel /ae/ /ih/ prosody pitch formant 440Hz 16kHz 20ms",
+    "translation bilingual decoder BLEU METEOR WMT14 EN-DE EN-FR SMT corpus source target",
+    "dialogue turn speaker {act} {slot} {user} intent belief assistant reply? request! booking",
+    "morphology stem+ suffix+ -ing -ed -s inflection paradigm affix lemma prefix",
+    "sentiment opinion review polarity emotion :-) :-( ** *** **** rating mood",
 )
 PLAIN = (
     "we the of a in to this paper and for show that with our results method is on model new "
     "data which approach set by an task from are it be used using as based can two"
 ).split()
-TOPIC_SHARE = 0.5
+TOPIC_SHARE = 0.6
 
 GOOD = "wonderful superb brilliant charming moving delightful gripping excellent".split()
 BAD = "awful boring dreadful clumsy tedious terrible lifeless horrible".split()
