@@ -50,7 +50,7 @@ def generate_images(
     while done < num_images:
         paddles, ends = _grow_targets(rng, image_size, contour_length)
         tries += BATCH
-        if tries > 1000 * (done + BATCH):
+        if tries > 40 * (done + BATCH):
             raise ValueError(
                 f"pathfinder: two contours of {contour_length} paddles do not fit into "
                 f"{image_size}x{image_size} pixels: make contours shorter or images larger"
@@ -126,6 +126,9 @@ def _grow_snake(
         others = np.concatenate((paddles[:, : first + max(step - 1, 0)], obstacles), axis=1)
         fits = _inside(points, image_size) & _clear(points, others, CLEARANCE)
         alive &= fits.any(1)
+        if not alive.any():
+            lost = np.full((num_images, length, 3, 2), FAR)
+            return np.concatenate((paddles[:, :first], lost), axis=1), alive
         # Of those that fit, the first that does not head straight into something.
         ahead = points[:, :, 2:] + LOOK_AHEAD[:, None] * _direction(headings)[:, :, None]
         free = _inside(ahead, image_size) & _clear(ahead, others, CLEARANCE)

@@ -244,7 +244,9 @@ def index_tar(path: Path) -> dict[str, tuple[int, int]]:
                 raise ValueError(f"{path} is cut: make it again with extract.py")
             name = header[:100].rstrip(b"\0").decode(errors="replace")
             if not re.fullmatch(r"imgs/\d+/sample_\d+\.png|metadata/\d+\.npy", name):
-                raise ValueError(f"{path}: unexpected member {name!r}: make it again with extract.py")
+                raise ValueError(
+                    f"{path}: unexpected member {name!r}: make it again with extract.py"
+                )
             size = int(header[124:135], 8)
             files[name] = (file.tell(), size)
             file.seek(size + -size % block, os.SEEK_CUR)

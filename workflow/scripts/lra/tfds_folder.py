@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from unittest import mock
 
 from .files import scratch_folder
 
@@ -51,7 +52,15 @@ def write_tfds(name: str, data_dir: Path, splits: dict[str, Iterable]) -> list[P
     shutil.rmtree(folder, ignore_errors=True)
     builder = open_builder(name, data_dir)
     builder._split_generators = lambda *_: splits
-    with scratch_folder(data_dir / f".{builder.name}.tmp") as scratch:
+    # A protobuf map has no order of its own; TFDS writes whichever comes, which differs between runs.
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    in_order = mock.patch.object(
+        ExampleSerializer,
+        "serialize_example",
+        lambda self, example: self.get_tf_example(example).SerializeToString(deterministic=True),
+    )
+    with in_order, scratch_folder(data_dir / f".{builder.name}.tmp") as scratch:
         config = tfds.download.DownloadConfig(try_download_gcs=False)
         builder.download_and_prepare(download_dir=scratch, download_config=config)
     return sorted(folder.glob("*.tfrecord*"))
