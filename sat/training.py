@@ -330,7 +330,9 @@ def train(
         },
         "training_seconds": seconds,
         "device": runtime.describe_device(accelerator.device),
-        "backend": attention.selected_backend(accelerator.device.type),
+        "backend": "reference"
+        if config.model.attention_dropout  # which the kernels do not have
+        else attention.selected_backend(accelerator.device.type),
         "versions": runtime.versions(),
         "git_commit": runtime.git_commit(),
         "config_sha256": digest(settings),

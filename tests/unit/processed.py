@@ -16,7 +16,9 @@ KINDS = {
 }
 
 
-def write_processed(folder: Path, task: str, splits: dict, *, width: int = -1, chunk: int = 100) -> None:
+def write_processed(
+    folder: Path, task: str, splits: dict, *, width: int = -1, chunk: int = 100
+) -> None:
     """splits: name -> (rows, labels) or (rows, labels, rows of the second input); width: of fixed-size rows."""
     folder.mkdir(parents=True, exist_ok=True)
     kind = KINDS[task]

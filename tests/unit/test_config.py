@@ -46,7 +46,8 @@ def test_every_key_of_a_task_is_described():
 
 def test_later_layers_win(lra):
     changed = config.merge(
-        lra, {"settings": {"cifar10": {"training": {"learning_rate": 0.5}, "model": {"density": 1}}}}
+        lra,
+        {"settings": {"cifar10": {"training": {"learning_rate": 0.5}, "model": {"density": 1}}}},
     )
     changed = config.complete(changed)
     resolved = config.resolve(
@@ -60,7 +61,8 @@ def test_later_layers_win(lra):
 
 
 @pytest.mark.parametrize(
-    ("everywhere", "here", "cap"), [(None, None, None), (9, None, 9), (None, 4, 4), (9, 4, 4), (4, 9, 4)]
+    ("everywhere", "here", "cap"),
+    [(None, None, None), (9, None, 9), (None, 4, 4), (9, 4, 4), (4, 9, 4)],
 )
 def test_the_smaller_cap_holds(lra, everywhere, here, cap):
     changed = config.merge(
@@ -86,18 +88,40 @@ def test_preprocessing_does_not_depend_on_the_training(lra):
         ({"tasks": ["listop"]}, ["listop", "did you mean 'listops'"]),
         ({"tasks": ["image", "cifar10"]}, ["twice"]),
         ({"attentions": ["sta"]}, ["sta", "did you mean 'sat'"]),
-        ({"settings": {"listops": {"training": {"learning_rat": 1}}}}, ["learning_rat", "learning_rate"]),
-        ({"settings": {"listops": {"training": {"learning_rate": "fast"}}}}, ["learning_rate", "number"]),
+        (
+            {"settings": {"listops": {"training": {"learning_rat": 1}}}},
+            ["learning_rat", "learning_rate"],
+        ),
+        (
+            {"settings": {"listops": {"training": {"learning_rate": "fast"}}}},
+            ["learning_rate", "number"],
+        ),
         ({"settings": {"listops": {"training": {"learning_rate": -1}}}}, ["learning_rate"]),
-        ({"settings": {"listops": {"model": {"pooling_mode": "MAX"}}}}, ["pooling_mode", "MEAN, CLS"]),
-        ({"settings": {"listops": {"dataset": {"level": "curv_baseline"}}}}, ["dataset.level", "brackets"]),
-        ({"settings": {"listops": {"dataset": {"max_length": 4000}}}}, ["max_length", "max_seq_len"]),
+        (
+            {"settings": {"listops": {"model": {"pooling_mode": "MAX"}}}},
+            ["pooling_mode", "MEAN, CLS"],
+        ),
+        (
+            {"settings": {"listops": {"dataset": {"level": "curv_baseline"}}}},
+            ["dataset.level", "brackets"],
+        ),
+        (
+            {"settings": {"listops": {"dataset": {"max_length": 4000}}}},
+            ["max_length", "max_seq_len"],
+        ),
         ({"settings": {"text": {"training": {"warmup": 10**6}}}}, ["warmup", "num_train_steps"]),
         ({"settings": {"text": {"pattern": {"min_per_row": 65}}}}, ["min_per_row", "64 blocks"]),
         ({"run": "../elsewhere"}, ["run"]),
         ({"data": "generated"}, ["demo"]),
         ({"caps": {"train": 0}}, ["caps.train"]),
-        ({"sources": {"x": {"file": "f", "urls": ["ftp://h/f"], "licence": "", "provenance": ""}}}, ["urls"]),
+        (
+            {
+                "sources": {
+                    "x": {"file": "f", "urls": ["ftp://h/f"], "licence": "", "provenance": ""}
+                }
+            },
+            ["urls"],
+        ),
     ],
 )
 def test_what_is_wrong_is_named(lra, change, words):

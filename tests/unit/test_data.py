@@ -53,7 +53,9 @@ def test_two_texts(tmp_path):
 
 def test_batches_hold_every_row_once(tmp_path):
     rows = [[1 + i % 15] for i in range(23)]
-    write_processed(tmp_path, "listops", {s: (rows, [i % 10 for i in range(23)]) for s in data.SPLITS})
+    write_processed(
+        tmp_path, "listops", {s: (rows, [i % 10 for i in range(23)]) for s in data.SPLITS}
+    )
     _, splits = data.load(tmp_path)
     batches = list(splits["test"].batches(5, 16))
     assert [len(b) for b in batches] == [5, 5, 5, 5, 3]
@@ -64,7 +66,9 @@ def test_batches_hold_every_row_once(tmp_path):
 @given(st.integers(1, 40), st.integers(1, 90), st.integers(0, 5))
 def test_training_order_is_a_chain_of_permutations(num_rows, batch_size, seed):
     steps = -(-3 * num_rows // batch_size)
-    chain = np.concatenate([data.training_rows(num_rows, batch_size, s, seed) for s in range(steps)])
+    chain = np.concatenate(
+        [data.training_rows(num_rows, batch_size, s, seed) for s in range(steps)]
+    )
     for epoch in range(3):
         part = chain[epoch * num_rows : (epoch + 1) * num_rows]
         assert sorted(part) == list(range(num_rows))

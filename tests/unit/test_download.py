@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -115,14 +116,14 @@ def test_record_says_what_was_used(server, tmp_path):
         "licence": "MIT",
         "provenance": "a paper",
     }
-    assert left(tmp_path) == ["set.gz", "set.gz.source.json"]
+    assert left(tmp_path) == [".kept", "set.gz", "set.gz.source.json"]
 
 
 @pytest.mark.parametrize("kind", ["cut", "restart", "busy", "longer"])
 def test_awkward_server_gives_the_right_bytes(server, tmp_path, kind):
     output, _ = fetch(source(f"{server.url}/{kind}"), tmp_path)
     assert output.read_bytes() == BODY
-    assert left(tmp_path) == ["set.gz", "set.gz.source.json"]
+    assert left(tmp_path) == [".kept", "set.gz", "set.gz.source.json"]
 
 
 def test_cut_download_goes_on_where_it_stopped(server, tmp_path):
@@ -185,9 +186,23 @@ def test_unknown_hash_is_recorded_and_compared(server, tmp_path):
     ledger = tmp_path / "archives" / "checksums.json"
     assert json.loads(ledger.read_text()) == {"set.gz": SHA256}
     (tmp_path / "archives" / "set.gz").unlink()
+    shutil.rmtree(tmp_path / "archives" / ".kept")
     with pytest.raises(ValueError, match=f"expected {SHA256}.*checksums.json"):
         fetch(source(f"{server.url}/other", sha256=None), tmp_path)
     assert not (tmp_path / "archives" / "set.gz").exists()
+
+
+def test_second_call_fetches_nothing_while_the_hash_is_as_expected(server, tmp_path):
+    output, record = fetch(source(f"{server.url}/good", sha256=None), tmp_path)
+    output.unlink()  # as Snakemake does before it makes an output anew
+    record.unlink()
+    fetch(source(f"{server.url}/404", licence="other"), tmp_path)
+    assert output.read_bytes() == BODY
+    assert json.loads(record.read_text())["url"] == f"{server.url}/good"
+    assert json.loads(record.read_text())["licence"] == "other"
+    output.unlink()
+    with pytest.raises(ValueError, match="404"):
+        fetch(source(f"{server.url}/404", sha256="0" * 64), tmp_path)
 
 
 def test_file_put_there_by_hand_comes_first(server, tmp_path):
@@ -229,7 +244,9 @@ def test_command_line_reports_in_one_piece(server, tmp_path):
     )
     assert good.returncode == 0, good.stderr
     bad = subprocess.run(
-        [*command, json.dumps(source(f"{server.url}/404"))], capture_output=True, text=True
+        [*command, json.dumps(source(f"{server.url}/404", sha256="0" * 64))],
+        capture_output=True,
+        text=True,
     )
     assert bad.returncode == 1
     assert "error: set: no URL gave set.gz" in bad.stderr

@@ -24,7 +24,9 @@ def test_dense_schedule_is_one_cycle(warmup, steps):
     )
     for step in range(steps):
         group = adam.param_groups[0]
-        assert optimiser.learning_rate(training, step) == pytest.approx(group["lr"], rel=1e-9, abs=1e-12)
+        assert optimiser.learning_rate(training, step) == pytest.approx(
+            group["lr"], rel=1e-9, abs=1e-12
+        )
         assert optimiser.beta1(training, step) == pytest.approx(group["betas"][0], rel=1e-9)
         adam.step()
         if step + 1 < steps:

@@ -509,7 +509,7 @@ def test_cut_tar_is_refused(tmp_path):
         ("listops", {"options": {"brackets": "no"}}, "option brackets of listops is 'no'"),
         ("listops", {"caps": {"valid": 3}}, r"unknown splits \['valid'\]"),
         ("listops", {"caps": {"train": 0}}, "caps.train is 0"),
-        ("text", {"options": {"dev": "test"}}, "option dev of text"),
+        ("text", {"options": {"dev_split": "test"}}, "option dev_split of text"),
         ("pathfinder", {"options": {"level": "hard"}}, "option level of pathfinder"),
         ("listops", {"task": "text"}, "--task says 'listops'"),
     ],

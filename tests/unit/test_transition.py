@@ -14,7 +14,9 @@ from sat.transition import MapStatistics, StepStatistics, select_blocks, wants_s
 
 
 def random_map(seed, size=300):
-    return torch.softmax(3 * torch.randn(size, size, generator=torch.Generator().manual_seed(seed)), dim=1)
+    return torch.softmax(
+        3 * torch.randn(size, size, generator=torch.Generator().manual_seed(seed)), dim=1
+    )
 
 
 def numpy_skewness(a):
@@ -121,6 +123,8 @@ def test_selection_breaks_ties_by_position():
     assert mask.flatten().nonzero().flatten().tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("n", "density", "count"), [(32, 0.05, 51), (32, 0.04, 40), (64, 0.021, 86), (10, 0.29, 29)])
+@pytest.mark.parametrize(
+    ("n", "density", "count"), [(32, 0.05, 51), (32, 0.04, 40), (64, 0.021, 86), (10, 0.29, 29)]
+)
 def test_number_of_blocks_is_the_floor(n, density, count):
     assert select_blocks(torch.rand(n, n), density).sum() == count

@@ -32,6 +32,11 @@ else:
         for name, source in config["sources"].items()
     }
 
+KERNEL_SOURCES = sorted(
+    str(path)
+    for path in Path("csrc").rglob("*")
+    if path.suffix in (".h", ".hpp", ".cpp", ".cu") or path.name == "CMakeLists.txt"
+)
 RUN_FILES = [
     "config.json",
     "metrics.json",

@@ -5,7 +5,7 @@ rule compile_kernels:
     input:
         env="envs/torch.yaml",
         script="workflow/scripts/build_kernels.py",
-        sources=sorted(str(path) for path in Path("csrc").rglob("*") if path.is_file()),
+        sources=KERNEL_SOURCES,
     output:
         library=f"{RESULTS}/kernels/libsat_cpu.so",
         record=f"{RESULTS}/kernels/kernels.json",

@@ -5,8 +5,9 @@
 
 JSON: {"name", "file", "urls": [...], "sha256": hex|null, "bytes": int|null, "licence", "provenance"}.
 
-DIR/FILE, put there by hand, comes first; then the URLs in order, through curl. A download that was cut
-goes on where it stopped: its bytes stay beside the output as FILE.<hash of the URL>.part. Where no
+DIR/FILE, put there by hand, comes first; then what an earlier call left in .kept/ beside the output (a
+hard link, for Snakemake deletes the output before it makes it anew), if its hash is still the expected
+one; then the URLs in order, through curl. A download that was cut goes on where it stopped: its bytes stay beside the output as FILE.<hash of the URL>.part. Where no
 sha256 is known, the first download's is written to checksums.json beside the output and every later
 download is compared with it. Needs nothing but Python and curl.
 """
@@ -23,6 +24,7 @@ from pathlib import Path
 from lra.files import parse_json, read_json, run_script, sha256_file, write_json
 
 LEDGER = "checksums.json"
+KEPT = ".kept"
 KEYS = {"name", "file", "urls", "sha256", "bytes", "licence", "provenance"}
 NUM_ATTEMPTS = 5
 CUT = {18, 28, 52, 55, 56, 92}  # curl's codes for a connection that stopped midway
@@ -51,8 +53,12 @@ def download(
         sha256 = checked_hash(by_hand, expected, whose)
         link_or_copy(by_hand, output)
         url = f"manual: {by_hand}"
+    elif (earlier := kept(output, expected)) is not None:
+        url, sha256 = earlier
+        print(f"{source['name']}: using the file of an earlier download", file=sys.stderr)
     else:
         url, sha256 = fetch(source, output, expected, whose, by_hand, delay)
+        keep(output, url)
 
     if not source["sha256"] and ledger.get(source["file"]) != sha256:
         write_json(ledger_path, ledger | {source["file"]: sha256})
@@ -62,6 +68,24 @@ def download(
         description
         | {"url": url, "sha256": sha256, "bytes": output.stat().st_size, "data": "released"},
     )
+
+
+def keep(output: Path, url: str) -> None:
+    """Leave a second name of the archive, and where it came from, for a later call."""
+    folder = output.parent / KEPT
+    folder.mkdir(exist_ok=True)
+    link_or_copy(output, folder / output.name)
+    write_json(folder / f"{output.name}.json", {"url": url})
+
+
+def kept(output: Path, expected: str | None) -> tuple[str, str] | None:
+    """URL and sha256 of what `keep` left, now at `output` too; None when it is not there or not as expected."""
+    folder = output.parent / KEPT
+    archive, note = folder / output.name, folder / f"{output.name}.json"
+    if not (expected and archive.is_file() and note.is_file() and sha256_file(archive) == expected):
+        return None
+    link_or_copy(archive, output)
+    return read_json(note)["url"], expected
 
 
 def fetch(

@@ -39,7 +39,7 @@ def requirements(definition: Path) -> tuple[str, list[str]]:
     python = next(
         d.split("=")[1] for d in dependencies if isinstance(d, str) and d.startswith("python=")
     )
-    return python, next(d["pip"] for d in dependencies if isinstance(d, dict))
+    return python, next((d["pip"] for d in dependencies if isinstance(d, dict)), [])
 
 
 def ensure(name: str) -> None:
@@ -48,6 +48,8 @@ def ensure(name: str) -> None:
     Raises EnvironmentFailed with the end of pip's log.
     """
     definition = Path("envs") / f"{name}.yaml"
+    if not definition.is_file():
+        raise EnvironmentFailed(f"unknown environment '{name}': there is no {definition}")
     python, packages = requirements(definition)
     running = f"{sys.version_info.major}.{sys.version_info.minor}"
     if running != python:

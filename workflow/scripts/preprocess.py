@@ -3,7 +3,7 @@
     python preprocess.py --task listops --config JSON --run-data data/lra --output-dir data/lra/listops
 
 JSON: {"task", "caps": {"train": int|null, "dev": ..., "test": ...}, "max_length": int, "options": {...}}.
-Options: text {"dev": "holdout"|"lra"}, listops {"brackets": bool}, pathfinder {"level", "image_size"}.
+Options: text {"dev_split": "holdout"|"lra"}, listops {"brackets": bool}, pathfinder {"level", "image_size"}.
 
 Rows that cannot be used are left out, counted and listed in the manifest. The same input gives the same
 bytes on every machine and in every process. All files of a task appear at once, the manifest last.
@@ -43,14 +43,14 @@ TASKS = {
 }
 OPTIONS = {
     "listops": {"brackets": True},
-    "text": {"dev": "holdout"},
+    "text": {"dev_split": "holdout"},
     "retrieval": {},
     "image": {},
     "pathfinder": {"level": "curv_contour_length_14", "image_size": 32},
 }
 CHOICES = {
     "brackets": (True, False),
-    "dev": ("holdout", "lra"),
+    "dev_split": ("holdout", "lra"),
     "level": tuple(PATHFINDER_SALTS),
 }
 
@@ -197,7 +197,7 @@ def open_task(
             names = {"train": "train[:90%]", "dev": "train[90%:]", "test": "test"}
         else:
             names = {"train": "train", "test": "test"}
-            if options["dev"] == "lra":
+            if options["dev_split"] == "lra":
                 names["dev"] = "test"
         batches = {
             split: readers.read_image(folder, name, refused[split])
