@@ -134,7 +134,7 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(config.transformer_dim)
 
     def forward(self, ids_BS, lengths_B, masks=None, want_maps=False) -> Encoded:
-        """lengths [B]: real ids of a sequence, None when all S are; masks: a block mask [n, n] a layer, None = dense."""
+        """lengths [B]: real ids, None when all S are; masks: a block mask [n, n] a layer, None = dense."""
         if self.config.pooling_mode == "CLS":
             # The class token takes the first place; one place behind max_seq_len is always free for it.
             class_token = ids_BS.new_full((len(ids_BS), 1), self.config.vocab_size)

@@ -20,6 +20,11 @@ def kernels_dir(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     before = os.environ.get("SAT_KERNELS")
     os.environ["SAT_KERNELS"] = str(folder)
+
+    from sat.attention import kernels, selection
+
+    for chosen_before in (selection._choose, kernels.load_library):
+        chosen_before.cache_clear()
     yield folder
     if before is None:
         del os.environ["SAT_KERNELS"]

@@ -7,9 +7,10 @@ JSON: {"name", "file", "urls": [...], "sha256": hex|null, "bytes": int|null, "li
 
 DIR/FILE, put there by hand, comes first; then what an earlier call left in .kept/ beside the output (a
 hard link, for Snakemake deletes the output before it makes it anew), if its hash is still the expected
-one; then the URLs in order, through curl. A download that was cut goes on where it stopped: its bytes stay beside the output as FILE.<hash of the URL>.part. Where no
-sha256 is known, the first download's is written to checksums.json beside the output and every later
-download is compared with it. Needs nothing but Python and curl.
+one; then the URLs in order, through curl. A download that was cut goes on where it stopped: its bytes
+stay beside the output as FILE.<hash of the URL>.part. Where no sha256 is known, the first download's is
+written to checksums.json beside the output and every later download is compared with it. Needs nothing
+but Python and curl.
 """
 
 import argparse

@@ -1,0 +1,296 @@
+"""A whole training on small data: phases, files, reproducibility, refusals."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import safetensors.torch
+import torch
+from processed import repeated_symbol, write_processed
+
+from sat import config, data, evaluation, runtime, training
+
+SIZES = {"train": 256, "dev": 60, "test": 70}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels(kernels_dir):
+    """The compiled kernels, as in a real run."""
+
+
+def settings_of(task="listops", attention="sat", seed=3, **blocks):
+    changes = {
+        "dataset": {"max_length": 64},
+        "model": {"num_layers": 2, "max_seq_len": 64, "block_size": 16, "density": 0.3},
+        "training": {
+            "batch_size": 16,
+            "learning_rate": 3e-3,
+            "warmup": 5,
+            "num_train_steps": 24,
+            "num_dense_train_steps": 12,
+            "eval_frequency": 6,
+            "skewness": 1e9,
+        },
+    }
+    if task == "pathfinder":
+        changes["dataset"]["image_size"] = 8
+    return config.resolve(
+        config.load("demo"), task, attention, seed, changes=config.merge(changes, blocks)
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processed")
+    for task in ("listops", "retrieval", "pathfinder"):
+        width = 64 if task == "pathfinder" else -1
+        write_processed(folder / task, task, repeated_symbol(task, SIZES, 64), width=width)
+    return folder
+
+
+def history(run):
+    return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+
+
+def without_volatile(metrics):
+    metrics = json.loads(json.dumps(metrics))
+    for phase in metrics["phases"].values():
+        if phase:
+            for key in ("ms_per_step", "seconds", "peak_memory_bytes"):
+                del phase[key]
+    del metrics["training_seconds"]
+    return metrics
+
+
+@pytest.mark.parametrize("task", ["listops", "retrieval", "pathfinder"])
+def test_a_run_goes_sparse_and_is_scored(folder, tmp_path, task):
+    metrics = training.train(settings_of(task), folder / task, tmp_path, device="cpu", threads=1)
+    assert metrics == json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["transition"] == {"step": 12, "reason": "limit"}
+    assert metrics["phases"]["dense"]["steps"] == metrics["phases"]["sparse"]["steps"] == 12
+    assert metrics["phases"]["sparse"]["peak_memory_bytes"] > 2**20
+    assert metrics["pattern"]["selected"] == [math.floor(16 * 0.3)] * 2
+    assert metrics["test"]["examples"] == SIZES["test"]
+    assert metrics["dev"]["phase"] == "sparse" and metrics["dev"]["step"] in (18, 24)
+    assert metrics["num_steps"] == 24
+    assert metrics["backend"] == "cpu"
+
+    steps = history(tmp_path)
+    assert [line["step"] for line in steps if line["event"] == "train"] == list(range(1, 25))
+    assert [line["step"] for line in steps if line["event"] == "eval"] == [6, 12, 18, 24]
+    assert [line["step"] for line in steps if line["event"] == "transition"] == [12]
+    trains = [line for line in steps if line["event"] == "train"]
+    assert all(len(line["skewness"]) == 2 for line in trains[:12])
+    assert all(line["skewness"] is None for line in trains[12:])
+    assert trains[0]["distance"] is None and trains[1]["change"] is None
+    assert trains[2]["change"] is not None
+    assert {line["learning_rate"] for line in trains[12:]} == {1.5e-3}
+
+    masks = safetensors.torch.load_file(str(tmp_path / "pattern.safetensors"))
+    assert sorted(masks) == ["layer_0", "layer_1"]
+    assert json.loads((tmp_path / "config.json").read_text()) == settings_of(task)
+    assert not list(tmp_path.glob("*.partial"))
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+    again = evaluation.evaluate_run(tmp_path, folder / task, device="cpu", threads=1)
+    assert again["phase"] == "sparse"
+    assert again["accuracy"] == metrics["test"]["accuracy"]
+    assert again["loss"] == pytest.approx(metrics["test"]["loss"], rel=1e-6)
+    confusion = torch.tensor(again["confusion"])
+    assert confusion.sum() == SIZES["test"]
+    assert confusion.trace() == round(again["accuracy"] * SIZES["test"])
+
+
+def test_equal_runs_are_equal_and_seeds_differ(folder, tmp_path):
+    results = {}
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        results[name] = training.train(
+            settings_of(seed=seed), folder / "listops", tmp_path / name, device="cpu", threads=2
+        )
+    assert without_volatile(results["a"]) == without_volatile(results["b"])
+    for name in ("model.safetensors", "pattern.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        assert (tmp_path / "a" / name).read_bytes() != (tmp_path / "c" / name).read_bytes()
+
+
+@pytest.mark.parametrize("attention", ["softmax", "sat"])
+def test_micro_batches_give_the_same_losses(folder, tmp_path, attention):
+    losses = []
+    for size in (None, 5):
+        model = {"dropout_prob": 0.0, "batch_size": size}
+        settings = settings_of(attention=attention, model=model)
+        training.train(settings, folder / "listops", tmp_path / str(size), device="cpu", threads=1)
+        losses.append(
+            [line["loss"] for line in history(tmp_path / str(size)) if line["event"] == "train"]
+        )
+    assert losses[0] == pytest.approx(losses[1], rel=2e-4)
+
+
+def test_it_learns(folder, tmp_path):
+    changes = {
+        "training": {"num_train_steps": 120, "num_dense_train_steps": 60, "eval_frequency": 30}
+    }
+    metrics = training.train(
+        settings_of(**changes), folder / "listops", tmp_path, device="cpu", threads=2
+    )
+    assert metrics["test"]["accuracy"] > 3 * metrics["test"]["chance"]
+    assert metrics["dev"]["accuracy"] == max(
+        line["accuracy"]
+        for line in history(tmp_path)
+        if line["event"] == "eval" and line["phase"] == "sparse"
+    )
+
+
+def test_softmax_stays_dense(folder, tmp_path):
+    metrics = training.train(
+        settings_of(attention="softmax"), folder / "listops", tmp_path, device="cpu", threads=1
+    )
+    assert metrics["transition"] == {"step": None, "reason": None}
+    assert metrics["pattern"] is None and metrics["phases"]["sparse"] is None
+    assert safetensors.torch.load_file(str(tmp_path / "pattern.safetensors")) == {}
+    assert evaluation.evaluate_run(tmp_path, folder / "listops", device="cpu")["phase"] == "dense"
+
+
+def test_a_sat_run_that_never_switches_ends_dense(folder, tmp_path):
+    settings = settings_of(training={"num_dense_train_steps": None})
+    metrics = training.train(settings, folder / "listops", tmp_path, device="cpu", threads=1)
+    assert metrics["transition"] == {"step": None, "reason": None}
+    assert metrics["dev"]["phase"] == "dense"
+
+
+def test_the_rule_can_switch(folder, tmp_path):
+    settings = settings_of(
+        training={"skewness": -1e9, "distance": 1e9, "num_dense_train_steps": None}
+    )
+    metrics = training.train(settings, folder / "listops", tmp_path, device="cpu", threads=1)
+    assert metrics["transition"] == {"step": 3, "reason": "rule"}
+
+
+def test_pooled_pattern_keeps_the_best_blocks_of_the_mean_map(folder, tmp_path):
+    settings = settings_of(pattern={"source": "pooled", "min_per_row": 1})
+    metrics = training.train(settings, folder / "listops", tmp_path, device="cpu", threads=1)
+    assert metrics["pattern"]["empty_rows"] == [0, 0]
+    assert metrics["num_parameters"] == settings_count(settings) - 2 * 4 * 32
+
+
+def settings_count(settings):
+    from sat.model import Classifier, num_parameters
+
+    run = config.RunConfig.from_dict(settings)
+    return num_parameters(Classifier(run.model, 1, learned_pattern=True))
+
+
+def test_patience_stops_the_run(folder, tmp_path):
+    changes = {"training": {"learning_rate": 1e-9, "patience": 1, "num_dense_train_steps": None}}
+    metrics = training.train(
+        settings_of(**changes), folder / "listops", tmp_path, device="cpu", threads=1
+    )
+    assert metrics["num_steps"] == 12  # the second evaluation is no better than the first
+
+
+def test_num_eval_steps_limits_dev(folder, tmp_path):
+    changes = {"training": {"num_eval_steps": 2}}
+    metrics = training.train(
+        settings_of(**changes), folder / "listops", tmp_path, device="cpu", threads=1
+    )
+    assert metrics["dev"]["examples"] == 32
+
+
+def test_infinite_loss_stops_with_step_and_advice(folder, tmp_path):
+    settings = settings_of(training={"learning_rate": 1e30})
+    with pytest.raises(training.TrainingFailed, match=r"step \d+ .*learning_rate"):
+        training.train(settings, folder / "listops", tmp_path, device="cpu", threads=1)
+    assert not (tmp_path / "metrics.json").exists()
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"vocab_size": 10}, "vocab_size is 10, the data need 16"),
+        ({"num_classes": 4}, "num_classes is 4"),
+    ],
+)
+def test_model_and_data_must_fit(folder, tmp_path, change, words):
+    with pytest.raises(config.ConfigError, match=words):
+        training.train(settings_of(model=change), folder / "listops", tmp_path)
+
+
+def test_data_of_another_task_are_refused(folder, tmp_path):
+    with pytest.raises(config.ConfigError, match="task retrieval"):
+        training.train(settings_of(), folder / "retrieval", tmp_path)
+
+
+def step_of(settings, folder, steps=1):
+    run = config.RunConfig.from_dict(settings)
+    _, splits = data.load(folder / "listops")
+    state = training.Training(run, 1, runtime.make_accelerator("cpu", 1))
+    for index in range(steps):
+        rows = data.training_rows(len(splits["train"]), run.training.batch_size, index, run.seed)
+        line = state.step(index, splits["train"].batch(rows, 64))
+    return state, line
+
+
+def test_gradients_do_not_pile_up(folder):
+    """Two steps with a learning rate of nearly 0 leave the gradient of the second batch, not the sum of both."""
+    settings = settings_of(
+        attention="softmax", model={"dropout_prob": 0.0}, training={"learning_rate": 1e-30}
+    )
+    state, _ = step_of(settings, folder, steps=2)
+    run = config.RunConfig.from_dict(settings)
+    _, splits = data.load(folder / "listops")
+    fresh = training.Training(run, 1, runtime.make_accelerator("cpu", 1))
+    rows = data.training_rows(len(splits["train"]), 16, 1, run.seed)
+    fresh.step(1, splits["train"].batch(rows, 64))
+    for one, two in zip(state.model.parameters(), fresh.model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad)
+
+
+def test_gradients_are_clipped_by_value(folder, monkeypatch):
+    monkeypatch.setattr(training, "GRADIENT_LIMIT", 1e-4)
+    state, _ = step_of(settings_of(), folder)
+    largest = max(float(p.grad.abs().max()) for p in state.model.parameters())
+    assert largest == pytest.approx(1e-4)
+
+
+def test_pattern_gradient_reaches_the_pattern_alone(folder):
+    """With and without the pattern loss all other gradients are the same; its own is that of the formula."""
+    grads = {}
+    for scale in (0.0, 0.5):
+        settings = settings_of(model={"dropout_prob": 0.0}, training={"attn_loss_scale": scale})
+        state, _ = step_of(settings, folder)
+        grads[scale] = {name: p.grad.clone() for name, p in state.model.named_parameters()}
+    for name, gradient in grads[0.5].items():
+        if name.startswith("pattern"):
+            assert float(gradient.abs().max()) > 0 and float(grads[0.0][name].abs().max()) == 0
+        else:
+            assert torch.equal(gradient, grads[0.0][name])
+
+
+def test_the_new_phase_forgets_the_best_of_the_old(folder):
+    settings = settings_of()
+    state, _ = step_of(settings, folder, steps=3)
+    state.best = {"accuracy": 1.0}
+    state.go_sparse()
+    assert state.best is None and state.phase == "sparse"
+    assert all(mask.dtype == torch.bool and mask.shape == (4, 4) for mask in state.masks)
+
+
+def test_option_labels():
+    run = config.RunConfig.from_dict(settings_of())
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, zero_pixel_is_padding=True))
+    manifest = {"options": {"dev_split": "lra", "brackets": False, "level": "curv_baseline"}}
+    assert training.option_labels(run, manifest) == [
+        "dev = test",
+        "no brackets",
+        "curv_baseline",
+        "black pixels left out",
+    ]
+    manifest = {
+        "options": {"dev_split": "holdout", "brackets": True, "level": "curv_contour_length_14"}
+    }
+    run = dataclasses.replace(
+        run, model=dataclasses.replace(run.model, zero_pixel_is_padding=False)
+    )
+    assert training.option_labels(run, manifest) == []
