@@ -30,7 +30,8 @@ configfile: "config/config.yaml"
 
 
 try:
-    config = settings.complete(config, where="configuration")
+    on_command_line = settings.typed(dict(workflow.config_settings.config))
+    config = settings.complete(settings.merge(config, on_command_line), where="configuration")
 except settings.ConfigError as error:
     raise WorkflowError(str(error))
 

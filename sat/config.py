@@ -106,6 +106,15 @@ def merge(*layers: Mapping) -> dict:
     return merged
 
 
+def typed(value: Any) -> Any:
+    """Snakemake hands over what stands inside brackets after --config as text; read it as YAML does ('1' -> 1)."""
+    if isinstance(value, dict):
+        return {key: typed(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [typed(child) for child in value]
+    return yaml.safe_load(value) if isinstance(value, str) else value
+
+
 # ---------------------------------------------------------------- the configuration of a run set
 
 

@@ -137,6 +137,16 @@ def test_a_dense_run_has_no_pattern(lra):
         config.complete(config.merge(lra, change))
 
 
+def test_values_from_the_command_line_get_their_types():
+    text = {"seeds": ["1", "2"], "caps": {"train": "null"}, "run": "x", "settings": {"a": {"b": "1.5e-3"}}}
+    assert config.typed(text) == {
+        "seeds": [1, 2],
+        "caps": {"train": None},
+        "run": "x",
+        "settings": {"a": {"b": 1.5e-3}},
+    }
+
+
 def test_unknown_run_set():
     with pytest.raises(config.ConfigError, match="config/nowhere.yaml"):
         config.load("nowhere")

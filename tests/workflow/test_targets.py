@@ -138,3 +138,10 @@ def test_environment_for_another_python_is_refused(fresh):
     assert "--use-conda" in done.stdout
     assert "Traceback" not in done.stdout
     assert not (fresh.root / "data").exists()
+
+
+def test_lists_and_mappings_on_the_command_line(fresh):
+    change = "settings={listops: {training: {num_train_steps: 60, warmup: 10}}}"
+    planned = fresh.planned("table", "--config", "seeds=[1, 2]", "tasks=[listops]", change)
+    trainings = {job for job in planned if job.startswith("train ")}
+    assert trainings == trainings_of("listops", seeds=[1, 2])
