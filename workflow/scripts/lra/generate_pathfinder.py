@@ -43,7 +43,8 @@ def generate_images(
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Images (uint8 [image_size, image_size]) and labels, exactly half of them (rounded up) 1.
 
-    LRA's hard level has image_size 32, contour_length 14 and distractor_length 4.
+    LRA's hard level has image_size 32, contour_length 14 and distractor_length 4. A distractor_length
+    of 0 leaves every distractor out.
     """
     labels = rng.permutation(np.arange(num_images) % 2 == 0)
     done = tries = 0
@@ -203,6 +204,8 @@ def _add_distractors(
     angles = np.arange(6).reshape(2, 3) * np.pi / 3
     rings = markers[:, :, None, None] + MARKER_RADIUS * _direction(angles)
     rings = rings.reshape(len(markers), 4, 3, 2)
+    if distractor_length == 0:
+        return paddles
     area = (image_size / 32) ** 2
     snakes = max(1, round(DISTRACTOR_PADDLES * area) // distractor_length)
     lengths = [distractor_length] * snakes + [1] * max(1, round(SINGLE_PADDLES * area))
