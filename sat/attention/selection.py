@@ -70,12 +70,12 @@ def largest_error(backend: str) -> float:
     Relative to the largest value of each tensor; inf if something is not finite.
     """
     device = "cuda" if backend == "cuda" else "cpu"
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(3, 2, 128, 32, generator=generator) for _ in range(4)]
-    lengths = torch.tensor([128, 75, 0], dtype=torch.int32)
     error = 0.0
     # The first call of a process may come from inside an evaluation.
     with torch.inference_mode(False), torch.enable_grad():
+        generator = torch.Generator().manual_seed(0)
+        inputs = [torch.randn(3, 2, 128, 32, generator=generator) for _ in range(4)]
+        lengths = torch.tensor([128, 75, 0], dtype=torch.int32)
         for case in _check_cases():
             results = []
             for name, place, dtype in (
