@@ -138,7 +138,12 @@ def test_a_dense_run_has_no_pattern(lra):
 
 
 def test_values_from_the_command_line_get_their_types():
-    text = {"seeds": ["1", "2"], "caps": {"train": "null"}, "run": "x", "settings": {"a": {"b": "1.5e-3"}}}
+    text = {
+        "seeds": ["1", "2"],
+        "caps": {"train": "null"},
+        "run": "x",
+        "settings": {"a": {"b": "1.5e-3"}},
+    }
     assert config.typed(text) == {
         "seeds": [1, 2],
         "caps": {"train": None},

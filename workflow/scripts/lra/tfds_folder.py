@@ -29,16 +29,16 @@ def open_builder(name: str, data_dir: Path):
 
     # TFDS would ask a bucket for the data set's description, and wait for an answer.
     gcs_utils._is_gcs_disabled = True
-    try:
-        builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
-    except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
-        raise ValueError(f"TFDS has no data set {name}: {str(error).splitlines()[0]}") from None
-    folder = Path(builder.data_dir)
+    folder = data_dir / name.replace(":", "/")
     for leftover in folder.parent.glob(f"incomplete.*{folder.name}"):
         shutil.rmtree(leftover)
+    # Before TFDS looks: it reads the description of a folder that is there, and Snakemake has removed that.
     if folder.exists() and not (folder / "dataset_info.json").exists():
         shutil.rmtree(folder)
-    return builder
+    try:
+        return tfds.builder(name, data_dir=data_dir, try_gcs=False)
+    except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
+        raise ValueError(f"TFDS has no data set {name}: {str(error).splitlines()[0]}") from None
 
 
 def write_tfds(name: str, data_dir: Path, splits: dict[str, Iterable]) -> list[Path]:
