@@ -1,4 +1,4 @@
-"""The demo's path for real, on a tiny configuration: real environments, archives, kernels, trainings, table, figures."""
+"""The demo for real on a tiny configuration: environments, archives, kernels, trainings, table, figures."""
 
 import json
 import os
