@@ -331,3 +331,15 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, key, value):
 def test_a_wrong_config_argument_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         collect.parse_config(text)
+
+
+@pytest.mark.parametrize(("accuracy", "above"), [(0.10, "no"), (0.17, "no"), (0.18, "yes")])
+def test_what_is_not_above_chance_is_said_and_never_bold(tmp_path, accuracy, above):
+    """Chance .125 of 200 examples: two standard errors are 4.7 points."""
+    config = make_config(tasks=["listops"], attentions=["softmax", "sat"], seeds=[1])
+    runs = [make_metrics("listops", a, seed=1, accuracy=accuracy) for a in config["attentions"]]
+    rows = table_of(tmp_path, runs, config)
+    assert [row["above_chance"] for row in rows] == [above, above]
+    text = collect.to_markdown(rows, "demo")
+    assert ("12.50, not exceeded" in text) == (above == "no")
+    assert ("**" in text) == (above == "yes")

@@ -40,6 +40,7 @@ STABLE_COLUMNS = {
     "test_accuracy_mean_percent": ".4f",
     "test_accuracy_sd_percent": ".4f",
     "chance_percent": ".4f",
+    "above_chance": "",
     "dev_accuracy_mean_percent": ".4f",
     "test_loss_mean": ".6f",
     "transition_step_mean": ".1f",
@@ -225,7 +226,8 @@ def ordered_tasks(tasks: Iterable[str]) -> list[str]:
 
 
 def describe_device(device: dict[str, Any]) -> str:
-    return f"{device['name']} ({device['type']}, {device['threads']} threads)"
+    threads = device["threads"]
+    return f"{device['name']} ({device['type']}, {threads} thread{'s' if threads > 1 else ''})"
 
 
 def describe_switches(runs: list[dict[str, Any]]) -> str:
@@ -234,6 +236,14 @@ def describe_switches(runs: list[dict[str, Any]]) -> str:
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{r} {counts[r]}" for r in ("rule", "limit", "never") if r in counts)
+
+
+def above_chance(runs: list[dict[str, Any]]) -> str:
+    """ "yes" when the mean test accuracy exceeds chance by more than two standard errors, else "no"."""
+    chance, examples = runs[0]["test"]["chance"], runs[0]["test"]["examples"]
+    error = math.sqrt(chance * (1 - chance) / (examples * len(runs)))
+    mean = statistics.fmean(run["test"]["accuracy"] for run in runs)
+    return "yes" if mean > chance + 2 * error else "no"
 
 
 def summarise(runs: list[dict[str, Any]], num_expected: int) -> dict[str, Any]:
@@ -258,6 +268,7 @@ def summarise(runs: list[dict[str, Any]], num_expected: int) -> dict[str, Any]:
         "test_accuracy_mean_percent": statistics.fmean(accuracies),
         "test_accuracy_sd_percent": statistics.stdev(accuracies) if len(runs) > 1 else None,
         "chance_percent": 100 * runs[0]["test"]["chance"],
+        "above_chance": above_chance(runs),
         "dev_accuracy_mean_percent": statistics.fmean(100 * r["dev"]["accuracy"] for r in runs),
         "test_loss_mean": statistics.fmean(run["test"]["loss"] for run in runs),
         "num_parameters": runs[0]["num_parameters"],
@@ -318,6 +329,11 @@ def accuracy_text(row: dict[str, Any]) -> str:
     return number(row["test_accuracy_mean_percent"], ".2f") + ("" if sd is None else f" ± {sd:.2f}")
 
 
+def chance_text(row: dict[str, Any]) -> str:
+    chance = number(row["chance_percent"], ".2f")
+    return f"{chance}, not exceeded" if row["above_chance"] == "no" else chance
+
+
 def switch_text(row: dict[str, Any]) -> str:
     """ "120", "150 (120–180)" when seeds differ, "never", or "–" for the dense baseline."""
     if row["transition_steps"] is None:
@@ -347,7 +363,7 @@ DISPLAY: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "data": ("l", lambda r: r["data"] or "–"),
     "seeds": ("r", seeds_text),
     "test accuracy (%)": ("r", accuracy_text),
-    "chance (%)": ("r", lambda r: number(r["chance_percent"], ".2f")),
+    "chance (%)": ("r", chance_text),
     "best dev (%)": ("r", lambda r: number(r["dev_accuracy_mean_percent"], ".2f")),
     "test loss": ("r", lambda r: number(r["test_loss_mean"], ".3f")),
     "switch at step": ("r", switch_text),
@@ -367,9 +383,11 @@ DISPLAY: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 }
 NOTES = (
     "Test accuracy: mean ± standard deviation over the seeds (n − 1; none for one seed), every "
-    "test example counted once. Bold: the best of a task, where at least two attentions finished.",
-    "Chance: the share of the most frequent class in the test split. Best dev: the dev accuracy of "
-    "the tested checkpoint, mean over the seeds.",
+    "test example counted once. Bold: the best of a task, where at least two attentions finished and "
+    "it is above chance.",
+    "Chance: the share of the most frequent class in the test split; not exceeded: the accuracy is "
+    "not more than two standard errors above it, nothing was learnt that this test can show. Best "
+    "dev: the dev accuracy of the tested checkpoint, mean over the seeds.",
     "Switch at step: the step at which training went sparse, mean (smallest–largest) over the "
     "seeds that did; made by: the rule on skewness and distance, or the limit on dense steps.",
     "Density: selected blocks over all blocks, mean over layers and seeds.",
@@ -395,7 +413,11 @@ def best_rows(rows: list[dict[str, Any]]) -> set[int]:
             if row["task"] == task and row["num_seeds"]
         }
         if len(shown) > 1:
-            best |= {i for i, value in shown.items() if value == max(shown.values())}
+            best |= {
+                i
+                for i, value in shown.items()
+                if value == max(shown.values()) and rows[i]["above_chance"] == "yes"
+            }
     return best
 
 
