@@ -13,7 +13,6 @@ SNAKEMAKE = .venvs/snakemake/bin/snakemake
 
 demo: .venvs/snakemake/.ready
 	$(SNAKEMAKE) all --cores $(CORES) --configfile config/demo.yaml
-	@echo "Table: results/demo/table.{md,csv,tex}   Figures: results/demo/figures/   Logs: results/demo/logs/"
 
 test: .venvs/snakemake/.ready
 	.venvs/snakemake/bin/python tests/environment.py
@@ -30,4 +29,4 @@ lint: .venvs/snakemake/.ready
 	touch $@
 
 clean:
-	rm -rf .venvs data/demo results/demo .snakemake
+	rm -rf .venvs data/demo results/demo

@@ -80,37 +80,31 @@ rule kernels:
         rules.compile_kernels.output,
 
 
-# One target a task: its trainings and figures.
-for _task in TASKS:
+# One target a task and alias of a task: its trainings and figures.
+for _name in [*TASKS, *(alias for alias, task in settings.ALIASES.items() if task in TASKS)]:
 
     rule:
         name:
-            _task
+            _name
         input:
-            runs_of(_task),
-            figures_of(_task),
-        localrule: True
-
-
-if "image" in TASKS:
-
-    rule cifar10:
-        input:
-            runs_of("image"),
-            figures_of("image"),
+            runs_of(settings.canonical_task(_name)),
+            figures_of(settings.canonical_task(_name)),
         localrule: True
 
 
 onstart:
     make_environments()
     Path(RESULTS).mkdir(parents=True, exist_ok=True)
-    Path(f"{RESULTS}/config.json").write_text(
-        json.dumps(config, indent=2, sort_keys=True) + "\n"
-    )
+    partial = Path(f"{RESULTS}/config.json.partial")
+    partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    partial.replace(f"{RESULTS}/config.json")
 
 
 onsuccess:
-    table = Path(f"{RESULTS}/table.md")
-    if table.is_file():
-        print(f"\n{table.read_text()}\nTable: {RESULTS}/table.{{csv,md,tex}}", file=sys.stderr)
-        print(f"Figures: {RESULTS}/figures/<task>/   Logs: {RESULTS}/logs/", file=sys.stderr)
+    if any(job.name == "collect" for job in workflow.dag.jobs):
+        print(f"\n{Path(f'{RESULTS}/table.md').read_text()}", file=sys.stderr)
+    print(
+        f"Table: {RESULTS}/table.{{csv,md,tex}}   Figures: {RESULTS}/figures/<task>/   "
+        f"Logs: {RESULTS}/logs/",
+        file=sys.stderr,
+    )

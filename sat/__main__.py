@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -67,7 +68,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def resolve(options: argparse.Namespace) -> dict:
     """The settings that the command line means. Raises ConfigError."""
     if options.settings is not None:
-        return json.loads(options.settings)
+        try:
+            whole = json.loads(options.settings)
+        except json.JSONDecodeError as error:
+            raise settings.ConfigError(f"--settings: not valid JSON ({error})") from None
+        return settings.checked_run(whole)
     flags = {"skewness": options.sk, "distance": options.ds, "num_train_steps": options.train_steps}
     changes = {"training": {key: value for key, value in flags.items() if value is not None}}
     config = settings.load(options.run)
@@ -76,6 +81,9 @@ def resolve(options: argparse.Namespace) -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s"
+    )  # the backend that attention takes
     try:
         resolved = resolve(options)
     except settings.ConfigError as error:
@@ -84,6 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
     folder = Path("results", run, "runs", task, resolved["attention"], f"seed{resolved['seed']}")
     output_dir, data_dir = options.output_dir or folder, options.data_dir or Path("data", run, task)
     kernels = options.kernels or Path("results", run, "kernels")
+    if options.kernels is not None and not kernels.is_dir():
+        return _fail(settings.ConfigError(f"--kernels: there is no folder {kernels}"))
     if kernels.is_dir():
         os.environ["SAT_KERNELS"] = str(kernels)
 

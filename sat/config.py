@@ -155,7 +155,11 @@ def complete(config: Mapping, where: str = "configuration", root: Path = ROOT) -
     config["tasks"] = [canonical_task(task, root) for task in config["tasks"]]
     if len(set(config["tasks"])) < len(config["tasks"]):
         raise ConfigError(f"{where}: 'tasks' names a task twice: {', '.join(config['tasks'])}")
-    config["settings"] = {canonical_task(task, root): s for task, s in config["settings"].items()}
+    by_task: dict = {}
+    for name, changes in config["settings"].items():  # under its own name and an alias: both count
+        task = canonical_task(name, root)
+        by_task[task] = merge(by_task.get(task, {}), changes)
+    config["settings"] = by_task
     if config["data"] == "generated" and "demo" not in config:
         raise ConfigError(f"{where}: data is 'generated', which needs the key 'demo'")
     for task in config["tasks"]:
@@ -209,6 +213,11 @@ def resolve(
         path = root / "config" / kind / f"{name}.yaml"
         layers.insert(0, read_yaml(path))
         check(layers[0], "task", f"config/{kind}/{name}.yaml", root)
+        if kind == "attentions" and "dataset" in layers[0]:
+            raise ConfigError(
+                f"config/attentions/{name}.yaml: 'dataset' belongs into config/tasks/: all attentions "
+                "of a task read the same data"
+            )
     task_options = layers[0].get("dataset", {})
     settings = merge(*layers)
     check(settings, "task", f"settings of {task} with {attention}", root)
@@ -231,6 +240,22 @@ def resolve(
     }
     RunConfig.from_dict(resolved)
     return resolved
+
+
+def checked_run(settings: Any, root: Path = ROOT) -> dict:
+    """`resolve`'s dictionary as it comes back from a command line. Raises ConfigError."""
+    keys = {"run": str, "task": str, "attention": str, "seed": int}
+    if not isinstance(settings, dict):
+        raise ConfigError("--settings: expected an object")
+    for key, kind in keys.items():
+        if not isinstance(settings.get(key), kind):
+            raise ConfigError(
+                f"--settings: '{key}' is {settings.get(key)!r}, expected {kind.__name__}"
+            )
+    blocks = {key: value for key, value in settings.items() if key not in keys}
+    check(blocks, "task", "--settings", root)
+    RunConfig.from_dict({block: {} for block in BLOCKS} | settings)
+    return settings
 
 
 def with_caps(dataset: Mapping, caps: Mapping) -> dict:
@@ -361,6 +386,17 @@ class RunConfig:
             raise ConfigError(
                 f"attention {config.attention}: transition.rule '{config.transition.rule}' does not go with "
                 f"pattern.source '{config.pattern.source}': a dense run has rule never and source none"
+            )
+        first, last = training.num_init_steps, training.num_dense_train_steps
+        if first is not None and last is not None and first > last:
+            raise ConfigError(
+                f"task {config.task}: training.num_init_steps {first} is more than "
+                f"training.num_dense_train_steps {last}"
+            )
+        if model.zero_pixel_is_padding and model.pooling_mode == "CLS":
+            raise ConfigError(
+                f"task {config.task}: model.zero_pixel_is_padding is about MEAN pooling, "
+                "model.pooling_mode is CLS"
             )
         if config.pattern.min_per_row > model.num_blocks:
             raise ConfigError(

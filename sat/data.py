@@ -87,6 +87,12 @@ class Column:
             ids[here], lengths[here] = part, count
         return ids, lengths
 
+    def first(self) -> np.ndarray:
+        """The first id of every row; rows must not be empty."""
+        return np.concatenate(
+            [v[o[:-1].astype(np.int64)] for v, o in zip(self.values, self.offsets, strict=True)]
+        )
+
 
 class Split:
     """One split of a processed task, memory-mapped."""
@@ -114,11 +120,10 @@ class Split:
         return Batch(ids, lengths, torch.from_numpy(self.labels[rows]))
 
     def batches(self, size: int, length: int, limit: int | None = None) -> Iterator[Batch]:
-        """Every row once, in order, the last batch as small as it comes; at most `limit` batches."""
-        for index, start in enumerate(range(0, len(self), size)):
-            if limit is not None and index == limit:
-                return
-            yield self.batch(np.arange(start, min(start + size, len(self))), length)
+        """Every row once, in order, the last batch as small as it comes; at most `limit` rows."""
+        stop = len(self) if limit is None else min(limit, len(self))
+        for start in range(0, stop, size):
+            yield self.batch(np.arange(start, min(start + size, stop)), length)
 
 
 def training_rows(num_rows: int, batch_size: int, step: int, seed: int) -> np.ndarray:

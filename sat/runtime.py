@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib.metadata
 import platform
 import resource
@@ -47,10 +49,14 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
+    gc.collect()
     try:
-        Path("/proc/self/clear_refs").write_text(
-            "5"
-        )  # Linux: sets the peak of the resident set to its present size
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, and it would count on
+    except (AttributeError, OSError):
+        pass
+    try:
+        # Linux: the peak of the resident set becomes its present size.
+        Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pass  # elsewhere the peak is that of the process so far
 

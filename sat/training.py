@@ -14,6 +14,7 @@ Files get their names when they are complete. Steps count from 1 in what is writ
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from sat import attention, data, runtime
 from sat.config import ConfigError, RunConfig, digest
-from sat.evaluation import batch_size, chance, evaluate
+from sat.evaluation import baseline, batch_size, chance, evaluate
 from sat.model import Classifier, loss_and_hits, num_parameters
 from sat.optimiser import make_optimiser, set_schedule
 from sat.transition import (
@@ -82,7 +83,24 @@ def option_labels(config: RunConfig, manifest: dict) -> list[str]:
         labels.append(options["level"])
     if config.model.zero_pixel_is_padding:
         labels.append("black pixels left out")
+    labels += [f"{s} ≤ {n}" for s in data.SPLITS if (n := config.dataset.get(s)) is not None]
     return labels
+
+
+def over_real_queries(
+    maps: list[list[torch.Tensor]], batch: data.Batch
+) -> tuple[list[list[torch.Tensor]], int | None]:
+    """Maps whose rows are means over the real queries alone, and the longest length of the first input."""
+    mended = []
+    for tower, lengths in zip(maps, batch.lengths, strict=True):
+        if lengths is not None:
+            position = torch.arange(len(tower[0]))
+            real = (position < lengths[:, None]).sum(dim=0).clamp(min=1)
+            scale = (len(batch) / real).to(tower[0])[:, None]
+            tower = [a * scale for a in tower]
+        mended.append(tower)
+    first = batch.lengths[0]
+    return mended, None if first is None else int(first.max())
 
 
 class Training:
@@ -133,8 +151,11 @@ class Training:
             )
         step_statistics = None
         if want_maps:
+            size = None
+            if config.transition.padded_queries == "ignored":
+                maps, size = over_real_queries(maps, batch)
             self._pattern_step(maps)
-            step_statistics = self.map_statistics.update(maps[0])
+            step_statistics = self.map_statistics.update(maps[0], size)
         self._check_finite(index, float(loss))
         self.accelerator.clip_grad_value_(self.model.parameters(), GRADIENT_LIMIT)
         self.optimiser.step()
@@ -169,11 +190,9 @@ class Training:
             ]
             self.accelerator.backward(scale * torch.stack(losses).sum())
         else:
-            zeros = [torch.zeros_like(target) for target in pooled[0]]
-            sums = self.pooled_sum or zeros
-            self.pooled_sum = [
-                total + target for total, target in zip(sums, pooled[0], strict=True)
-            ]
+            towers = [torch.stack(layers).mean(dim=0) for layers in zip(*pooled, strict=True)]
+            sums = self.pooled_sum or [torch.zeros_like(target) for target in towers]
+            self.pooled_sum = [total + target for total, target in zip(sums, towers, strict=True)]
             self.num_pooled += 1
 
     def _check_finite(self, index: int, loss: float) -> None:
@@ -202,19 +221,22 @@ class Training:
         ]
         self.phase = "sparse"
         self.optimiser = make_optimiser(self.model, config, "sparse")
-        self.map_statistics = MapStatistics()
-        self.best, self.evaluations_since_best = None, 0
+        self.map_statistics, self.pooled_sum = MapStatistics(), None
+        self.best, self.best_weights, self.evaluations_since_best = None, {}, 0
 
     def evaluate(self, split: data.Split, step: int) -> dict:
         """Score dev after `step` steps and keep the weights when they are the best of this phase."""
         config = self.config
+        limit = None  # in rows, so that what a device takes at once changes nothing
+        if config.training.num_eval_steps is not None:
+            limit = config.training.num_eval_steps * config.training.batch_size
         scored = evaluate(
             self.model,
             split,
             config,
             self.accelerator.device,
             self.masks,
-            config.training.num_eval_steps,
+            limit,
         )
         scored |= {"step": step, "phase": self.phase}
         if self.best is None or scored["accuracy"] > self.best["accuracy"]:
@@ -227,8 +249,14 @@ class Training:
 
     @property
     def out_of_patience(self) -> bool:
+        """Whether to stop; a run whose switch is still to come by its limit goes on until then."""
         patience = self.config.training.patience
-        return patience is not None and self.evaluations_since_best >= patience
+        will_switch = (
+            self.phase == "dense"
+            and self.config.transition.rule != "never"
+            and self.config.training.num_dense_train_steps is not None
+        )
+        return patience is not None and not will_switch and self.evaluations_since_best >= patience
 
 
 def train(
@@ -254,6 +282,7 @@ def train(
         "history.jsonl",
         "model.safetensors",
         "pattern.safetensors",
+        "eval.json",
     ):
         (output_dir / name).unlink(missing_ok=True)
     for old in (output_dir / "tensorboard").glob("events.*"):
@@ -265,7 +294,7 @@ def train(
     started = time.perf_counter()
     history_path = output_dir / "history.jsonl.partial"
     with (
-        open(history_path, "w", encoding="utf-8") as history,
+        _unfinished(history_path) as history,
         SummaryWriter(str(output_dir / "tensorboard")) as board,
     ):
         progress = tqdm(
@@ -319,7 +348,7 @@ def train(
         "seed": config.seed,
         "data": manifest["data"],
         "num_inputs": manifest["num_inputs"],
-        "test": test | {"chance": chance(manifest)},
+        "test": test | {"chance": chance(manifest), "baseline": baseline(config.task, splits)},
         "dev": training.best,
         "transition": training.transition,
         "pattern": None if masks is None else describe(masks, config.model.block_size),
@@ -385,7 +414,21 @@ class Phase:
         }
 
 
+@contextlib.contextmanager
+def _unfinished(path: Path):
+    """A new text file that does not outlive an exception."""
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            yield file
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
 def _record(history, board: SummaryWriter, line: dict) -> None:
+    for key in ("distance", "change", "skewness"):  # JSON has no NaN
+        if line.get(key) is not None:
+            line[key] = [value if math.isfinite(value) else None for value in line[key]]
     history.write(json.dumps(line) + "\n")
     if line["event"] == "transition":
         return
@@ -395,6 +438,8 @@ def _record(history, board: SummaryWriter, line: dict) -> None:
             board.add_scalar(f"{prefix}/{key}", line[key], line["step"])
     for key in ("skewness", "distance", "change"):
         for layer, value in enumerate(line.get(key) or []):
+            if value is None:
+                continue
             board.add_scalar(f"{key}/layer_{layer}", value, line["step"])
 
 

@@ -19,19 +19,20 @@ from sat.config import RunConfig
 
 
 def moments(
-    a_SS: torch.Tensor, other_SS: torch.Tensor | None = None
+    a_SS: torch.Tensor, other_SS: torch.Tensor | None = None, size: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(skewness of a, ||a - other||_F or NaN without another map), 0-dim float64 tensors on the device of a.
 
     Sums are float64, taken a few rows at a time so that no double copy of the map is made. A constant map has the
-    skewness NaN.
+    skewness NaN. size: take the skewness of the first `size` rows and columns, behind which all is padding.
     """
-    count = a_SS.numel()
-    mean = a_SS.sum(dtype=torch.float64) / count
+    size = len(a_SS) if size is None else size
+    count = size * size
+    mean = a_SS[:size, :size].sum(dtype=torch.float64) / count
     second = third = squared = a_SS.new_zeros((), dtype=torch.float64)
     for start in range(0, len(a_SS), 256):
         rows = a_SS[start : start + 256].double()
-        centred = rows - mean
+        centred = rows[: max(0, size - start), :size] - mean
         square = centred * centred
         second = second + square.sum()
         third = third + (square * centred).sum()
@@ -57,10 +58,10 @@ class MapStatistics:
         self.maps: list[torch.Tensor] | None = None
         self.distance: list[float] | None = None
 
-    def update(self, maps: list[torch.Tensor]) -> StepStatistics:
-        """maps: the mean attention map [S, S] of every layer."""
+    def update(self, maps: list[torch.Tensor], size: int | None = None) -> StepStatistics:
+        """maps: the mean attention map [S, S] of every layer; size: as in `moments`."""
         previous = self.maps or [None] * len(maps)
-        values = [moments(a, b) for a, b in zip(maps, previous, strict=True)]
+        values = [moments(a, b, size) for a, b in zip(maps, previous, strict=True)]
         # One transfer for all layers: a GPU waits once a step.
         skewness, distance = torch.stack([torch.stack(pair) for pair in values], dim=1).tolist()
         first = self.maps is None

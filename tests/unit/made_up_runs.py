@@ -42,7 +42,13 @@ def make_metrics(
         "attention": attention,
         "seed": seed,
         "data": "generated",
-        "test": {"accuracy": accuracy, "loss": 1.5, "examples": 200, "chance": 0.125},
+        "test": {
+            "accuracy": accuracy,
+            "loss": 1.5,
+            "examples": 200,
+            "chance": 0.125,
+            "baseline": None,
+        },
         "dev": {
             "accuracy": accuracy + 0.01,
             "loss": 1.4,

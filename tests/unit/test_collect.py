@@ -94,6 +94,7 @@ def test_a_run_that_never_switched_has_no_sparse_figures(tmp_path):
     empty = [column for column, value in row.items() if value is None]
     assert empty == [
         "test_accuracy_sd_percent",
+        "baseline_percent",
         "transition_step_mean",
         "density_mean",
         "sparse_ms_per_step_median",
@@ -343,3 +344,23 @@ def test_what_is_not_above_chance_is_said_and_never_bold(tmp_path, accuracy, abo
     text = collect.to_markdown(rows, "demo")
     assert ("12.50, not exceeded" in text) == (above == "no")
     assert ("**" in text) == (above == "yes")
+
+
+def test_the_baseline_of_listops_counts_where_it_is_higher_than_chance(tmp_path):
+    config = make_config(tasks=["listops"], attentions=["softmax"], seeds=[1])
+    metrics = make_metrics("listops", seed=1, accuracy=0.3)
+    metrics["test"]["baseline"] = 0.37
+    rows = table_of(tmp_path, [metrics], config)
+    assert rows[0]["above_chance"] == "no"
+    assert "12.50 (root operator 37.00), not exceeded" in collect.to_markdown(rows, "demo")
+
+
+def test_a_run_with_other_settings_gets_no_row(tmp_path):
+    config = make_config(tasks=["listops"], attentions=["softmax"], seeds=[1])
+    path = tmp_path / "metrics.json"
+    path.write_text(json.dumps(make_metrics("listops", seed=1)))
+    digests = {"listops/softmax/seed1": "c" * 64}
+    assert collect.read_runs([path], config | {"digests": digests}, tmp_path, False)
+    digests = {"listops/softmax/seed1": "d" * 64}
+    with pytest.raises(ValueError, match=r"metrics.json: trained with other settings.*forcerun"):
+        collect.read_runs([path], config | {"digests": digests}, tmp_path, False)

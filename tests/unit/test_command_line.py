@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from sat import __main__ as command_line
+from sat import config
 from sat.config import ROOT
 
 
@@ -74,6 +75,21 @@ def test_task_is_needed(tmp_path):
 
 
 def test_settings_are_taken_whole():
-    whole = {"run": "x", "anything": 1}
+    whole = config.resolve(config.load("demo"), "text", "sat", 5)
     options = command_line.parse(["--mode", "train", "--settings", json.dumps(whole)])
     assert command_line.resolve(options) == whole
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "expected an object"),
+        ('{"run": "x"}', "'task' is None"),
+        ('{"run": "x", "task": "text", "attention": "sat", "seed": 1, "mdl": {}}', "'mdl'"),
+        ('{"run": "x", "task": "text", "attention": "sat", "seed": 1}', "lacks the key"),
+    ],
+)
+def test_broken_settings_are_named(text, words):
+    with pytest.raises(config.ConfigError, match=words):
+        command_line.resolve(command_line.parse(["--mode", "train", "--settings", text]))

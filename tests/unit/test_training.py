@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from processed import repeated_symbol, write_processed
 
-from sat import config, data, evaluation, runtime, training
+from sat import config, data, evaluation, runtime, training, transition
 
 SIZES = {"train": 256, "dev": 60, "test": 70}
 
@@ -294,3 +294,37 @@ def test_option_labels():
         run, model=dataclasses.replace(run.model, zero_pixel_is_padding=False)
     )
     assert training.option_labels(run, manifest) == []
+
+
+def test_padded_queries_can_be_left_out_of_the_map():
+    """Two sequences of 4 and 2 real positions: rows 2 and 3 are means over one query, not two."""
+    batch = data.Batch([torch.zeros(2, 8)], [torch.tensor([4, 2])], torch.zeros(2))
+    zeroed = torch.zeros(8, 8)
+    zeroed[:2, :4], zeroed[2:4, :4] = (
+        0.25,
+        0.125,
+    )  # rows as the kernel gives them: sums over both, halved
+    ((mended,),), size = training.over_real_queries([[zeroed]], batch)
+    assert size == 4
+    assert torch.equal(mended[:4, :4], torch.full((4, 4), 0.25))
+    assert float(mended[4:].abs().max()) == 0
+    skewness, _ = transition.moments(torch.arange(64.0).view(8, 8), size=4)
+    corner = torch.arange(64.0).view(8, 8)[:4, :4].double()
+    expected = (((corner - corner.mean()) / corner.std(correction=0)) ** 3).mean()
+    assert float(skewness) == pytest.approx(float(expected), abs=1e-12)
+
+
+def test_listops_baseline_answers_by_the_root_operator(tmp_path):
+    rows, labels = [[1, 5], [1, 6], [1, 7], [2, 5], [2, 9]], [3, 3, 4, 8, 8]
+    write_processed(tmp_path, "listops", {s: (rows, labels) for s in data.SPLITS})
+    _, splits = data.load(tmp_path)
+    assert evaluation.baseline("listops", splits) == 0.8
+    assert evaluation.baseline("text", splits) is None
+
+
+def test_patience_waits_for_a_switch_that_is_still_to_come(folder, tmp_path):
+    changes = {"training": {"learning_rate": 1e-9, "patience": 1, "eval_frequency": 3}}
+    metrics = training.train(
+        settings_of(**changes), folder / "listops", tmp_path, device="cpu", threads=1
+    )
+    assert metrics["transition"] == {"step": 12, "reason": "limit"}

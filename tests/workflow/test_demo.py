@@ -49,7 +49,7 @@ def tiny_configuration():
     config = yaml.safe_load((stub_project.ROOT / "config/demo.yaml").read_text())
     for settings in config["settings"].values():
         settings["training"] |= TRAINING
-    return config | TINY | {"kernels": {"cuda": "off"}}
+    return config | TINY | {"kernels": {"cuda": "none"}}
 
 
 @pytest.fixture(scope="module")

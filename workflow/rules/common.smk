@@ -104,6 +104,18 @@ def metrics_of(task):
     )
 
 
+def settings_of_runs():
+    """Digest of every training's settings: a run that was trained with others by hand gets no row."""
+    return {
+        f"{task}/{attention}/seed{seed}": settings.digest(
+            settings.resolve(config, task, attention, seed)
+        )
+        for task in TASKS
+        for attention in config["attentions"]
+        for seed in config["seeds"]
+    }
+
+
 def runs_of(task):
     return expand(
         f"{RUN_FOLDER}/{{file}}",

@@ -22,9 +22,11 @@ rule collect:
     params:
         python=in_env("report"),
         config=ORDER,
+        digests=json.dumps(settings_of_runs()),
         folder=parent_of("csv"),
     shell:
-        "{params.python} {input.script} --output-dir {params.folder} --config {params.config:q} {input.metrics} "
+        "{params.python} {input.script} --output-dir {params.folder} --config {params.config:q} "
+        "--digests {params.digests:q} {input.metrics} "
         "> {log} 2>&1"
 
 

@@ -40,6 +40,7 @@ STABLE_COLUMNS = {
     "test_accuracy_mean_percent": ".4f",
     "test_accuracy_sd_percent": ".4f",
     "chance_percent": ".4f",
+    "baseline_percent": ".4f",
     "above_chance": "",
     "dev_accuracy_mean_percent": ".4f",
     "test_loss_mean": ".6f",
@@ -85,7 +86,13 @@ METRICS = {
     "attention": TEXT,
     "seed": INTEGER,
     "data": one_of("released", "generated"),
-    "test": {"accuracy": SHARE, "loss": NUMBER, "examples": COUNT, "chance": SHARE},
+    "test": {
+        "accuracy": SHARE,
+        "loss": NUMBER,
+        "examples": COUNT,
+        "chance": SHARE,
+        "baseline?": SHARE,
+    },
     "dev": {"accuracy": SHARE, "loss": NUMBER, "examples": COUNT, "step": COUNT, "phase": TEXT},
     "transition": {"step?": COUNT, "reason?": one_of("rule", "limit")},
     "pattern?": {
@@ -100,6 +107,7 @@ METRICS = {
     "phases": {"dense": PHASE, "sparse?": PHASE},
     "training_seconds": TIME,
     "device": {"type": TEXT, "name": TEXT, "threads": COUNT},
+    "config_sha256": TEXT,
     "data_sha256": TEXT,
     "options": [TEXT],
 }
@@ -191,6 +199,13 @@ def read_runs(
             raise ValueError(
                 f"{path}: run {metrics['run']!r}, {name}: not among the runs of --config"
             )
+        digest = config.get("digests", {}).get(name)
+        if digest is not None and metrics["config_sha256"] != digest:
+            raise ValueError(
+                f"{path}: trained with other settings than those of the configuration (by hand, "
+                f"perhaps): train again with {retrain_command(config, metrics['task'])} and "
+                "--forcerun train"
+            )
         if name in runs:
             raise ValueError(f"{path}: {name} is already given by {origin[name]}")
         runs[name], origin[name] = metrics, path
@@ -239,9 +254,13 @@ def describe_switches(runs: list[dict[str, Any]]) -> str:
 
 
 def above_chance(runs: list[dict[str, Any]]) -> str:
-    """ "yes" when the mean test accuracy exceeds chance by more than two standard errors, else "no"."""
-    chance, examples = runs[0]["test"]["chance"], runs[0]["test"]["examples"]
-    error = math.sqrt(chance * (1 - chance) / (examples * len(runs)))
+    """Whether the mean test accuracy exceeds chance, or the baseline where there is one.
+
+    "yes" when it does by more than two standard errors, else "no".
+    """
+    test = runs[0]["test"]
+    chance, examples = max(test["chance"], test["baseline"] or 0), test["examples"]
+    error = math.sqrt(chance * (1 - chance) / examples)  # all seeds are scored on the same examples
     mean = statistics.fmean(run["test"]["accuracy"] for run in runs)
     return "yes" if mean > chance + 2 * error else "no"
 
@@ -268,6 +287,9 @@ def summarise(runs: list[dict[str, Any]], num_expected: int) -> dict[str, Any]:
         "test_accuracy_mean_percent": statistics.fmean(accuracies),
         "test_accuracy_sd_percent": statistics.stdev(accuracies) if len(runs) > 1 else None,
         "chance_percent": 100 * runs[0]["test"]["chance"],
+        "baseline_percent": None
+        if runs[0]["test"]["baseline"] is None
+        else 100 * runs[0]["test"]["baseline"],
         "above_chance": above_chance(runs),
         "dev_accuracy_mean_percent": statistics.fmean(100 * r["dev"]["accuracy"] for r in runs),
         "test_loss_mean": statistics.fmean(run["test"]["loss"] for run in runs),
@@ -331,6 +353,8 @@ def accuracy_text(row: dict[str, Any]) -> str:
 
 def chance_text(row: dict[str, Any]) -> str:
     chance = number(row["chance_percent"], ".2f")
+    if row["baseline_percent"] is not None:
+        chance += f" (root operator {row['baseline_percent']:.2f})"
     return f"{chance}, not exceeded" if row["above_chance"] == "no" else chance
 
 
@@ -385,9 +409,11 @@ NOTES = (
     "Test accuracy: mean ± standard deviation over the seeds (n − 1; none for one seed), every "
     "test example counted once. Bold: the best of a task, where at least two attentions finished and "
     "it is above chance.",
-    "Chance: the share of the most frequent class in the test split; not exceeded: the accuracy is "
-    "not more than two standard errors above it, nothing was learnt that this test can show. Best "
-    "dev: the dev accuracy of the tested checkpoint, mean over the seeds.",
+    "Chance: the share of the most frequent class in the test split; root operator: the accuracy of "
+    "the most frequent answer to a ListOps row's first operator, which needs no tree; not exceeded: "
+    "the accuracy is not more than two standard errors above the larger of the two. Best dev: the "
+    "dev accuracy of "
+    "the tested checkpoint, mean over the seeds.",
     "Switch at step: the step at which training went sparse, mean (smallest–largest) over the "
     "seeds that did; made by: the rule on skewness and distance, or the limit on dense steps.",
     "Density: selected blocks over all blocks, mean over layers and seeds.",
@@ -550,11 +576,16 @@ def main(argv: list[str] | None = None) -> None:
         "--config", required=True, help="JSON object with run, tasks, attentions and seeds"
     )
     parser.add_argument(
+        "--digests",
+        default="{}",
+        help="JSON object <task>/<attention>/seed<seed> -> sha256 of the settings it must have",
+    )
+    parser.add_argument(
         "--allow-missing", action="store_true", help="make the table of the runs that exist"
     )
     args = parser.parse_args(argv)
     try:
-        config = parse_config(args.config)
+        config = parse_config(args.config) | {"digests": json.loads(args.digests)}
         runs = read_runs(args.metrics, config, args.output_dir / "runs", args.allow_missing)
         rows = build_table(runs, config)
         markdown = to_markdown(rows, config["run"])

@@ -68,7 +68,8 @@ def digest(packages: list[str], also: list[str] = ()) -> str:
 def build(name: str, packages: list[str], also: list[str] = ()) -> None:
     """Make .venvs/<name> with `packages`; it also sees the packages of the environments `also`."""
     folder, log = FOLDER / name, FOLDER / f"{name}.log"
-    identity = digest(packages, also)
+    markers = [f"{other} {(FOLDER / other / MARKER).read_text()}" for other in also]
+    identity = digest(packages, markers)
     FOLDER.mkdir(exist_ok=True)
     with open(FOLDER / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
