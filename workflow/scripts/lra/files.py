@@ -61,6 +61,13 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path} is not JSON ({error}): delete it and make it again") from None
 
 
+def require(path: Path, step: str) -> Path:
+    """The path, if it exists; ValueError says which step makes it."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing: {step} makes it")
+    return path
+
+
 @contextlib.contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
     """An empty folder at `path` that is gone afterwards, whatever happens.

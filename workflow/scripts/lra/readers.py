@@ -1,14 +1,18 @@
 """Readers of the five tasks' raw files: batches of encoded rows, in bounded memory.
 
 A reader yields Arrow record batches with the columns input_ids_0 (retrieval: and input_ids_1) and label,
-and notes what it refuses. Only the two tasks that TFDS packs (text, image) import TensorFlow.
+and notes what it refuses. None needs TensorFlow.
+
+Caps. Images come in the order of TFDS, which md5 of their keys decides: a cap takes the first rows of each
+label, the labels being known before any image is decoded, and reading stops at the last one taken. What a text
+is chosen by is its content, so every row has to be seen: those caps are applied afterwards (preprocess.py).
 """
 
-import io
+import itertools
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +23,16 @@ from .encode import (
     encode_images,
     encode_listops,
     encode_text,
-    to_gray,
     to_lists,
 )
-from .order import tfds_order
-from .tfds_folder import import_tfds
+from .files import require
+from .order import choose_capped, tfds_order
+from .png import decode_pngs
+from .tfrecord import Example, count_examples, read_examples
 
 READ_BYTES = 1 << 20
 ROWS_PER_READ = 1024
+IMAGES_PER_READ = 2048
 MAX_NOTED = 20
 
 # The splits of LRA's own TFDS form of Pathfinder; their names are the salt of the order.
@@ -54,13 +60,6 @@ def batch_of(labels: np.ndarray, *inputs: pa.Array) -> pa.RecordBatch:
     """A record batch of the inputs, input_ids_0 first, and their labels."""
     names = [f"input_ids_{index}" for index in range(len(inputs))] + ["label"]
     return pa.record_batch([*inputs, pa.array(np.asarray(labels, np.uint8))], names=names)
-
-
-def require(path: Path, step: str) -> Path:
-    """The path, if it exists; ValueError says which step makes it."""
-    if not path.exists():
-        raise ValueError(f"{path} is missing: {step} makes it")
-    return path
 
 
 def read_listops(
@@ -111,45 +110,88 @@ def read_retrieval(path: Path, max_length: int, refused: Refused) -> Iterator[pa
         yield batch_of(labels, *(encode_text(text, max_length) for text in texts))
 
 
-def tfds_batches(folder: Path, split: str, rows: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of a prepared TFDS data set in the order of its records."""
-    require(folder / "dataset_info.json", "prepare_tfds.py")
-    tfds = import_tfds()
-    config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
-    builder = tfds.builder_from_directory(folder)
-    dataset = builder.as_dataset(split=split, shuffle_files=False, read_config=config)
-    yield from dataset.batch(rows).prefetch(2).as_numpy_iterator()
+# ---------------------------------------------------------------- data sets of TFDS
+
+# A part of a TFDS split: its name, and the shares of its records at which the part starts and ends.
+Part = tuple[str, float, float]
 
 
-def read_text(
-    folder: Path, split: str, max_length: int, refused: Refused
+def read_tfds_text(
+    folder: Path, part: Part, feature: str, num_classes: int, max_length: int, refused: Refused
 ) -> Iterator[pa.RecordBatch]:
-    """Reviews of a TFDS data set with the features text and label (0 or 1)."""
-    line = 1
-    for rows in tfds_batches(folder, split, ROWS_PER_READ):
-        good = good_labels(rows["label"], 2, f"{folder.parent.name} {split}", line, refused)
-        line += len(good)
-        texts = [text for text, ok in zip(rows["text"].tolist(), good, strict=True) if ok]
-        yield batch_of(rows["label"][good], encode_text(texts, max_length))
+    """Texts (the bytes of a feature) of a TFDS data set with their labels."""
+    labels, texts = [], []
+    for _, example in labelled_examples(folder, *edges_of(folder, part), num_classes, refused):
+        labels.append(example["label"])
+        texts.append((example[feature] or b"")[:max_length])
+        if len(labels) == ROWS_PER_READ:
+            yield batch_of(labels, encode_text(texts, max_length))
+            labels, texts = [], []
+    if labels:
+        yield batch_of(labels, encode_text(texts, max_length))
 
 
-def read_image(folder: Path, split: str, refused: Refused) -> Iterator[pa.RecordBatch]:
-    """Gray images of a TFDS data set with the features image (RGB) and label (0 to 9)."""
-    line = 1
-    for rows in tfds_batches(folder, split, ROWS_PER_READ):
-        good = good_labels(rows["label"], 10, f"{folder.parent.name} {split}", line, refused)
-        line += len(good)
-        yield batch_of(rows["label"][good], encode_images(to_gray(rows["image"][good])))
+def read_tfds_images(
+    folder: Path, part: Part, side: int, num_classes: int, cap: int | None, refused: Refused
+) -> Iterator[pa.RecordBatch]:
+    """Gray images (PNG, gray or RGB) of a TFDS data set with their labels, at most `cap` of them."""
+    name, start, stop = edges_of(folder, part)
+    taken = None
+    if cap is not None:
+        seen = labelled_examples(folder, name, start, stop, num_classes, Refused())
+        numbers, labels = np.array([(n, e["label"]) for n, e in seen], np.int64).reshape(-1, 2).T
+        taken = set(numbers[choose_capped(labels, np.arange(len(labels)), cap)].tolist())
+        stop = max(taken, default=start)
+    examples = labelled_examples(folder, name, start, stop, num_classes, refused)
+    yield from decode_images(
+        (
+            (example["image"] or b"", example["label"], (f"{folder.parent.name} {name}", number))
+            for number, example in examples
+            if taken is None or number in taken
+        ),
+        side,
+        refused,
+    )
 
 
-def good_labels(
-    labels: np.ndarray, num_classes: int, name: str, line: int, refused: Refused
-) -> np.ndarray:
-    """bool [n]: where the label is one; the others are noted under their record number."""
-    good = (labels >= 0) & (labels < num_classes)
-    for index in np.flatnonzero(~good):
-        refused.add(name, line + int(index), f"label {labels[index]} is not below {num_classes}")
-    return good
+def edges_of(folder: Path, part: Part) -> tuple[str, int, int]:
+    """The split of a part and the records at which the part starts and ends, rounded as TFDS does."""
+    name, *shares = part
+    count = count_examples(folder, name)
+    start, stop = (round(count * share) for share in shares)
+    return name, start, stop
+
+
+def labelled_examples(
+    folder: Path, split: str, start: int, stop: int, num_classes: int, refused: Refused
+) -> Iterator[tuple[int, Example]]:
+    """Examples of a split whose label is one, with their number, counted from 1."""
+    number = start
+    for examples in read_examples(folder, split, start, stop):
+        for example in examples:
+            number += 1
+            label = example.get("label")
+            if isinstance(label, int) and 0 <= label < num_classes:
+                yield number, example
+            else:
+                name = f"{folder.parent.name} {split}"
+                refused.add(name, number, f"label {label!r} is not one of 0 to {num_classes - 1}")
+
+
+def decode_images(
+    images: Iterable[tuple[bytes, int, tuple[str, int]]], side: int, refused: Refused
+) -> Iterator[pa.RecordBatch]:
+    """Record batches of images given as the bytes of a PNG, a label, and the file and line that name it."""
+    images = iter(images)
+    while some := list(itertools.islice(images, IMAGES_PER_READ)):
+        pixels, good, faults = decode_pngs([data for data, _, _ in some], side)
+        for position, reason in sorted(faults.items()):
+            refused.add(*some[position][2], reason)
+        if len(good):
+            yield batch_of([some[index][1] for index in good], encode_images(pixels))
+
+
+# ---------------------------------------------------------------- Pathfinder as it is in the release
 
 
 class PathfinderLevel:
@@ -216,22 +258,26 @@ class PathfinderLevel:
             raise ValueError(f"{self.path}: {name} is a binary NumPy file, expected lines of text")
         return data.decode(errors="replace").splitlines()
 
-    def read(self, split: str, side: int) -> Iterator[pa.RecordBatch]:
-        """Images of a split, in its order."""
+    def read(self, split: str, side: int, cap: int | None) -> Iterator[pa.RecordBatch]:
+        """Images of a split, in its order, at most `cap` of them."""
         rows = self.splits[split]
+        if cap is not None:
+            rows = rows[choose_capped(self.labels[rows], np.arange(len(rows)), cap)]
         with open(self.path, "rb") as file:
-            for start in range(0, len(rows), ROWS_PER_READ):
-                images, labels = [], []
-                for row in rows[start : start + ROWS_PER_READ].tolist():
-                    offset, size = self.files[row]
-                    try:
-                        images.append(decode_png(os.pread(file.fileno(), size, offset), side))
-                    except ValueError as error:
-                        self.refused[split].add(*self.names[row], str(error))
-                        continue
-                    labels.append(self.labels[row])
-                if images:
-                    yield batch_of(labels, encode_images(np.stack(images)))
+            descriptor = file.fileno()
+            yield from decode_images(
+                (
+                    (
+                        os.pread(descriptor, size, offset),
+                        self.labels[row],
+                        self.names[row],
+                    )
+                    for row in rows.tolist()
+                    for offset, size in [self.files[row]]
+                ),
+                side,
+                self.refused[split],
+            )
 
 
 def index_tar(path: Path) -> dict[str, tuple[int, int]]:
@@ -251,17 +297,3 @@ def index_tar(path: Path) -> dict[str, tuple[int, int]]:
             files[name] = (file.tell(), size)
             file.seek(size + -size % block, os.SEEK_CUR)
     return files
-
-
-def decode_png(data: bytes, side: int) -> np.ndarray:
-    """Gray pixels of a PNG, uint8 [side, side]; ValueError when it is broken or of another size."""
-    from PIL import PngImagePlugin
-
-    try:
-        with PngImagePlugin.PngImageFile(io.BytesIO(data)) as image:
-            pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, zlib.error, ...
-        raise ValueError(f"broken PNG: {error}") from None
-    if pixels.shape[:2] != (side, side):
-        raise ValueError(f"image of {pixels.shape[1]}x{pixels.shape[0]}, expected {side}x{side}")
-    return pixels if pixels.ndim == 2 else to_gray(pixels)
