@@ -79,24 +79,18 @@ rule kernels:
         rules.compile_kernels.output,
 
 
-# One target a task: its trainings and figures.
-for _task in TASKS:
+# One target a task, under each of its names: its trainings and figures.
+for _name, _task in [
+    *((task, task) for task in TASKS),
+    *((alias, task) for alias, task in settings.ALIASES.items() if task in TASKS),
+]:
 
     rule:
         name:
-            _task
+            _name
         input:
             runs_of(_task),
             figures_of(_task),
-        localrule: True
-
-
-if "image" in TASKS:
-
-    rule cifar10:
-        input:
-            runs_of("image"),
-            figures_of("image"),
         localrule: True
 
 

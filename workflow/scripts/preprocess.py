@@ -15,14 +15,14 @@ hold them; images by their place in the order of TFDS, which their keys decide (
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 from lra import readers
 from lra.arrow import describe, keep_rows, replace_by_rows, row_keys, write_arrow
 from lra.encode import SYMBOLS
-from lra.files import parse_json, read_json, run_script, scratch_folder, write_json
+from lra.files import parse_json, progress, read_json, run_script, scratch_folder, write_json
 from lra.order import choose_capped, choose_holdout
 from lra.readers import PATHFINDER_SALTS, PathfinderLevel, Refused
 
@@ -93,7 +93,8 @@ def preprocess(task: str, config: dict, run_data: Path, output_dir: Path) -> dic
         paths = {split: scratch / f"{split}.arrow" for split in SPLITS}
         batches, refused = open_task(task, source, options, caps, max_length, run_data)
         for split, rows in batches.items():
-            write_arrow(paths[split], schema, rows)
+            with progress(f"{task} {split}", "rows") as add:
+                write_arrow(paths[split], schema, counted(rows, add))
         if "dev" not in batches:
             keys = row_keys(paths["train"], "holdout")[1]
             chosen = choose_holdout(keys, HOLDOUT_SHARE)
@@ -136,6 +137,15 @@ def preprocess(task: str, config: dict, run_data: Path, output_dir: Path) -> dic
             os.replace(path, output_dir / path.name)
     write_json(output_dir / "manifest.json", manifest)
     return manifest
+
+
+def counted(
+    batches: Iterable[pa.RecordBatch], add: Callable[[int], None]
+) -> Iterator[pa.RecordBatch]:
+    """The same batches; `add` is called with the number of rows of each."""
+    for batch in batches:
+        add(batch.num_rows)
+        yield batch
 
 
 def checked_config(task: str, config: dict) -> tuple[dict, dict, int, str]:
@@ -223,9 +233,7 @@ def open_task(
         level = options["level"]
         data = PathfinderLevel(raw / f"pathfinder/{level}.tar", level, PATHFINDER_SALTS[level])
         refused = data.refused
-        batches = {
-            split: data.read(split, options["image_size"], caps[split]) for split in SPLITS
-        }
+        batches = {split: data.read(split, options["image_size"], caps[split]) for split in SPLITS}
     else:
         folder = run_data / "tfds" / TFDS_FOLDERS[source]
         parts = {"train": ("train", 0, 1), "test": ("test", 0, 1)}

@@ -88,7 +88,7 @@ def unfilter(filtered: np.ndarray, channels: int) -> np.ndarray:
     width = (width - 1) // channels
     # Images last: the inner loops run over images, because a row depends on the one above it and a pixel on the
     # one to its left.
-    lines = np.ascontiguousarray(filtered.transpose(1, 2, 0))
+    lines = np.array(filtered.transpose(1, 2, 0), order="C")
     above = np.zeros((width, channels, n), np.uint8)
     for line in lines:
         kinds, row = line[0], line[1:].reshape(width, channels, n)

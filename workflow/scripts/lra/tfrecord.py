@@ -8,13 +8,14 @@ the checksum is CRC-32C (RFC 3720, appendix B.4), rotated and shifted by a const
 """
 
 import re
+import struct
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from .files import read_json, require
+from .files import read_json, require, write_json
 
 READ_BYTES = 1 << 20
 LONGEST_RECORD = 1 << 26
@@ -66,7 +67,7 @@ def read_examples(
 def shards(folder: Path, split: str) -> list[Path]:
     """The record files of a split, in order; ValueError unless all of them are there."""
     require(folder / "dataset_info.json", "prepare_tfds.py or extract.py")
-    paths = sorted(folder.glob(f"*-{split}.tfrecord-*-of-*"))
+    paths = sorted(folder.glob(f"*-{split}.tfrecord-?????-of-?????"))
     names = [re.search(r"-(\d{5})-of-(\d{5})$", path.name) for path in paths]
     numbers = [tuple(map(int, name.groups())) for name in names if name]
     if not numbers or numbers != [(n, len(paths)) for n in range(len(paths))]:
@@ -114,9 +115,13 @@ def check_records(path: Path, buffer: bytes, spans: np.ndarray) -> None:
     positions = spans[:, 1, None] + np.arange(4)
     written = data[positions].view("<u4").ravel()
     found = crc32c(data, spans)
-    masked = ((found >> np.uint32(15)) | (found << np.uint32(17))) + np.uint32(0xA282EAD8)
-    if (masked != written).any():
+    if (masked_sums(found) != written).any():
         raise ValueError(corrupt(path, "a checksum is wrong"))
+
+
+def masked_sums(sums: np.ndarray) -> np.ndarray:
+    """Checksums as record files hold them."""
+    return ((sums >> np.uint32(15)) | (sums << np.uint32(17))) + np.uint32(0xA282EAD8)
 
 
 def crc32c(data: np.ndarray, spans: np.ndarray) -> np.ndarray:
@@ -217,3 +222,56 @@ def varint(data: bytes, at: int) -> tuple[int, int]:
         value |= (data[at] & 127) << shift
         shift += 7
     return value, at + 1
+
+
+# ---------------------------------------------------------------- writing, for tests and the benchmark
+
+
+def write_dataset(folder: Path, splits: dict[str, list[dict[str, bytes | int]]]) -> None:
+    """A data set in the layout of TFDS, one record file a split."""
+    folder.mkdir(parents=True)
+    name = folder.parts[-2] if "." in folder.name else folder.name
+    for split, examples in splits.items():
+        with open(folder / f"{name}-{split}.tfrecord-00000-of-00001", "wb") as file:
+            for start in range(0, len(examples), 1000):
+                records = [pack_example(example) for example in examples[start : start + 1000]]
+                file.write(pack_records(records))
+    about = [{"name": split, "shardLengths": [str(len(rows))]} for split, rows in splits.items()]
+    write_json(folder / "dataset_info.json", {"name": name, "splits": about})
+
+
+def pack_records(records: list[bytes]) -> bytes:
+    """Records as they stand in a record file, with their checksums."""
+    parts = [part for record in records for part in (struct.pack("<Q", len(record)), record)]
+    lengths = np.array([len(part) for part in parts], np.int64)
+    ends = np.cumsum(lengths)
+    sums = crc32c(np.frombuffer(b"".join(parts), np.uint8), np.stack([ends - lengths, ends], 1))
+    masked = masked_sums(sums).astype("<u4")
+    return b"".join(part + sum.tobytes() for part, sum in zip(parts, masked, strict=True))
+
+
+def pack_example(example: dict[str, bytes | int]) -> bytes:
+    """A tf.train.Example of bytes and numbers."""
+    entries = []
+    for name, value in sorted(example.items()):
+        if isinstance(value, bytes):
+            feature = pack_field(0x0A, pack_field(0x0A, value))
+        else:
+            feature = pack_field(0x1A, pack_field(0x0A, pack_varint(value % (1 << 64))))
+        entries.append(
+            pack_field(0x0A, pack_field(0x0A, name.encode()) + pack_field(0x12, feature))
+        )
+    return pack_field(0x0A, b"".join(entries))
+
+
+def pack_field(tag: int, content: bytes) -> bytes:
+    return bytes([tag]) + pack_varint(len(content)) + content
+
+
+def pack_varint(value: int) -> bytes:
+    packed = bytearray()
+    while value > 127:
+        packed.append(value & 127 | 128)
+        value >>= 7
+    packed.append(value)
+    return bytes(packed)
