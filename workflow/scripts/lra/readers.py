@@ -212,8 +212,13 @@ class PathfinderLevel:
         faults: dict[int, str] = {}
         metadata = [name for name in files if name.startswith("metadata/")]
         for name in sorted(metadata, key=lambda name: int(Path(name).stem)):
-            for number, line in enumerate(self.read_lines(name, *files[name]), 1):
-                fields = line.split()
+            rows = [
+                (line.split(), number)
+                for number, line in enumerate(self.read_lines(name, *files[name]), 1)
+            ]
+            # The number in the key is that of the line in the release, where lines come by sample.
+            rows.sort(key=lambda row: sample_of(row[0]))
+            for place, (fields, number) in enumerate(rows, 1):
                 fault = None
                 if len(fields) < 4:
                     fault = f"expected at least 4 fields, found {len(fields)}"
@@ -227,7 +232,7 @@ class PathfinderLevel:
                     faults[len(keys)] = fault
                 self.files.append((0, 0) if fault else files[image])
                 labels.append(0 if fault else int(fields[3]))
-                keys.append("_".join([*fields[:2], str(number)]))
+                keys.append("_".join([*fields[:2], str(place)]))
                 self.names.append((f"{level}/{name}", number))
         if not keys:
             raise ValueError(f"{path} lists no examples: its metadata files are empty")
@@ -278,6 +283,13 @@ class PathfinderLevel:
                 side,
                 self.refused[split],
             )
+
+
+def sample_of(fields: list[str]) -> tuple[float, str, str]:
+    """What orders the lines of a metadata file: the sample's number; lines without one come last."""
+    folder, name = [*fields, "", ""][:2]
+    number = re.fullmatch(r"sample_(\d+)\.png", name)
+    return (int(number[1]) if number else float("inf"), folder, name)
 
 
 def index_tar(path: Path) -> dict[str, tuple[int, int]]:
