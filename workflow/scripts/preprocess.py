@@ -20,9 +20,17 @@ from pathlib import Path
 
 import pyarrow as pa
 from lra import readers
-from lra.arrow import describe, keep_rows, replace_by_rows, row_keys, write_arrow
-from lra.encode import SYMBOLS
-from lra.files import parse_json, progress, read_json, run_script, scratch_folder, write_json
+from lra.arrow import keep_rows, row_keys, write_arrow
+from lra.encode import ID_OFFSET, SYMBOLS
+from lra.files import (
+    parse_json,
+    progress,
+    read_json,
+    run_script,
+    scratch_folder,
+    sha256_file,
+    write_json,
+)
 from lra.order import choose_capped, choose_holdout
 from lra.readers import PATHFINDER_SALTS, PathfinderLevel, Refused
 
@@ -52,7 +60,7 @@ TFDS_FOLDERS = {
 }
 TEXT_FEATURES = {"text": "text", "agnews": "description", "yelp": "text"}
 
-BYTES = pa.list_(pa.uint16())
+BYTES = pa.list_(pa.uint8())
 TASKS = {
     "listops": {"input_type": "text", "num_classes": 10, "vocab_size": len(SYMBOLS) + 1},
     "text": {"input_type": "text", "num_classes": 2, "vocab_size": 257},
@@ -92,18 +100,21 @@ def preprocess(task: str, config: dict, run_data: Path, output_dir: Path) -> dic
     with scratch_folder(output_dir.parent / f".{output_dir.name}.tmp") as scratch:
         paths = {split: scratch / f"{split}.arrow" for split in SPLITS}
         batches, refused = open_task(task, source, options, caps, max_length, run_data)
+        num_classes = TASKS[task]["num_classes"]
+        facts = {}
         for split, rows in batches.items():
             with progress(f"{task} {split}", "rows") as add:
-                write_arrow(paths[split], schema, counted(rows, add))
+                facts[split] = write_arrow(paths[split], schema, counted(rows, add), num_classes)
         if "dev" not in batches:
             keys = row_keys(paths["train"], "holdout")[1]
             chosen = choose_holdout(keys, HOLDOUT_SHARE)
-            keep_rows(paths["train"], chosen, paths["dev"])
-            replace_by_rows(paths["train"], ~chosen)
+            for split, keep in (("dev", chosen), ("train", ~chosen)):
+                facts[split] = keep_rows(paths["train"], keep, paths[split], num_classes)
         for split in SPLITS:
             if caps[split] is not None and TASKS[task]["input_type"] == "text":
                 labels, keys = row_keys(paths[split], "cap")
-                replace_by_rows(paths[split], choose_capped(labels, keys, caps[split]))
+                keep = choose_capped(labels, keys, caps[split])
+                facts[split] = keep_rows(paths[split], keep, paths[split], num_classes)
         manifest = {
             "schema_version": 1,
             "task": task,
@@ -112,11 +123,19 @@ def preprocess(task: str, config: dict, run_data: Path, output_dir: Path) -> dic
             "num_inputs": len(schema.names) - 1,
             "max_length": max_length,
             "padding_id": 0 if TASKS[task]["input_type"] == "text" else None,
+            # What to add to the values of an Arrow file to get ids.
+            "id_offset": ID_OFFSET if TASKS[task]["vocab_size"] == 257 else 0,
             "options": options,
             "caps": caps,
             "splits": {
-                split: describe(paths[split], TASKS[task]["num_classes"])
-                | {"refused": refused[split].first, "num_refused": refused[split].count}
+                split: facts[split]
+                | {
+                    "file": paths[split].name,
+                    "sha256": sha256_file(paths[split]),
+                    "bytes": paths[split].stat().st_size,
+                    "refused": refused[split].first,
+                    "num_refused": refused[split].count,
+                }
                 for split in SPLITS
             },
             "sources": sources,
