@@ -17,6 +17,9 @@ from .encode import to_gray
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 CHANNELS = {0: 1, 2: 3}  # by PNG colour type: gray, RGB
 SUB, UP, AVERAGE, PAETH = 1, 2, 3, 4
+PIECE = (
+    1 << 22
+)  # bytes of rows that are unfiltered together: enough images for NumPy, few enough for the cache
 
 
 def decode_pngs(files: list[bytes], side: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
@@ -41,13 +44,14 @@ def decode_pngs(files: list[bytes], side: int) -> tuple[np.ndarray, np.ndarray, 
         except ValueError as error:
             faults[position] = str(error)
     for channels, (positions, rows) in plain.items():
-        if not rows:
-            continue
-        filtered = np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), side, -1)
-        pixels = unfilter(filtered, channels)
-        images[positions] = pixels[..., 0] if channels == 1 else to_gray(pixels)
-        for index in np.flatnonzero((filtered[:, :, 0] > PAETH).any(1)):
-            faults[positions[index]] = "broken PNG: unknown filter"
+        per_piece = max(PIECE // (side * (1 + side * channels)), 1)
+        for start in range(0, len(rows), per_piece):
+            here, some = (part[start : start + per_piece] for part in (positions, rows))
+            filtered = np.frombuffer(b"".join(some), np.uint8).reshape(len(some), side, -1)
+            pixels = unfilter(filtered, channels)
+            images[here] = pixels[..., 0] if channels == 1 else to_gray(pixels)
+            for index in np.flatnonzero((filtered[:, :, 0] > PAETH).any(1)):
+                faults[here[index]] = "broken PNG: unknown filter"
     good = np.setdiff1d(np.arange(len(files)), list(faults))
     return (images[good] if faults else images), good, faults
 

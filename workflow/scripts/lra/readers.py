@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 import tarfile
+from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from .tfrecord import Example, count_examples, read_examples
 
 READ_BYTES = 1 << 20
 ROWS_PER_READ = 1024
-IMAGES_PER_READ = 2048
+IMAGES_PER_READ = 4000
 MAX_NOTED = 20
 
 # The splits of LRA's own TFDS form of Pathfinder; their names are the salt of the order.
@@ -41,6 +42,11 @@ PATHFINDER_SALTS = {
     "curv_contour_length_9": "intermediate",
     "curv_contour_length_14": "hard",
 }
+
+
+IMAGE = re.compile(r"imgs/(\d{1,9})/sample_(\d{1,9})\.png")
+METADATA = re.compile(r"metadata/(\d{1,9})\.npy")
+SAMPLE = re.compile(r"sample_(\d{1,9})\.png")
 
 
 class Refused:
@@ -226,42 +232,43 @@ class PathfinderLevel:
     """One level of Pathfinder in its tar: where its images lie, their labels and their splits.
 
     `splits[name]` are the examples (indices) of a split in TFDS order; `refused[name]` what the split
-    lost. The memory needed is some 200 bytes an example.
+    lost. The memory needed is some 150 bytes an example, most of it for a short while.
     """
 
     def __init__(self, path: Path, level: str, salt: str) -> None:
         require(path, "extract.py")
-        self.path = path
-        files = index_tar(path)
-        self.files: list[tuple[int, int]] = []
-        self.names: list[tuple[str, int]] = []
-        labels: list[int] = []
-        keys: list[str] = []
+        self.path, self.level = path, level
+        metadata, images = index_tar(path)
+        labels, keys = array("B"), []
+        # Of each example: the image, the number of the metadata file and the line in it.
+        named, files, lines = array("q"), array("q"), array("q")
         faults: dict[int, str] = {}
-        metadata = [name for name in files if name.startswith("metadata/")]
-        for name in sorted(metadata, key=lambda name: int(Path(name).stem)):
+        for file, place in sorted(metadata.items()):
             rows = [
                 (line.split(), number)
-                for number, line in enumerate(self.read_lines(name, *files[name]), 1)
+                for number, line in enumerate(self.read_lines(file, *place), 1)
             ]
             # The number in the key is that of the line in the release, where lines come by sample.
             rows.sort(key=lambda row: sample_of(row[0]))
-            for place, (fields, number) in enumerate(rows, 1):
-                fault = None
+            for number_in_key, (fields, line) in enumerate(rows, 1):
+                image = None
                 if len(fields) < 4:
-                    fault = f"expected at least 4 fields, found {len(fields)}"
+                    faults[len(keys)] = f"expected at least 4 fields, found {len(fields)}"
                 elif fields[3] not in ("0", "1"):
-                    fault = f"label {fields[3]!r} is not 0 or 1"
-                elif (image := f"{fields[0]}/{fields[1]}") not in files:
-                    fault = f"image {image} is not in the archive"
-                elif files[image][1] == 0:
-                    fault = f"image {image} is empty"
-                if fault:
-                    faults[len(keys)] = fault
-                self.files.append((0, 0) if fault else files[image])
-                labels.append(0 if fault else int(fields[3]))
-                keys.append("_".join([*fields[:2], str(place)]))
-                self.names.append((f"{level}/{name}", number))
+                    faults[len(keys)] = f"label {fields[3]!r} is not 0 or 1"
+                else:
+                    image = IMAGE.fullmatch(f"{fields[0]}/{fields[1]}")
+                labels.append(int(fields[3]) if image else 0)
+                keys.append("_".join([*fields[:2], str(number_in_key)]))
+                named.append(image_number(*image.groups()) if image else -1)
+                files.append(file)
+                lines.append(line)
+        self.file_of, self.line_of = np.array(files), np.array(lines)
+        self.offsets, self.sizes = look_up(images, np.array(named))
+        for row in np.flatnonzero(self.sizes <= 0).tolist():
+            faults.setdefault(
+                row, "image is empty" if self.sizes[row] == 0 else "image is not in the archive"
+            )
         if not keys:
             raise ValueError(f"{path} lists no examples: its metadata files are empty")
         self.labels = np.array(labels, np.uint8)
@@ -280,15 +287,21 @@ class PathfinderLevel:
             self.splits[name] = rows[usable[rows]]
             self.refused[name] = Refused()
             for row in rows[~usable[rows]]:
-                self.refused[name].add(*self.names[row], faults[int(row)])
+                self.refused[name].add(*self.name(row), faults[int(row)])
 
-    def read_lines(self, name: str, offset: int, size: int) -> list[str]:
-        """Lines of a metadata file: text, whatever the suffix .npy says."""
+    def name(self, row: int) -> tuple[str, int]:
+        """The metadata file and the line of an example."""
+        return f"{self.level}/metadata/{self.file_of[row]}.npy", int(self.line_of[row])
+
+    def read_lines(self, number: int, offset: int, size: int) -> list[str]:
+        """Lines of metadata/<number>.npy: text, whatever the suffix says."""
         with open(self.path, "rb") as file:
             file.seek(offset)
             data = file.read(size)
         if data.startswith(b"\x93NUMPY"):
-            raise ValueError(f"{self.path}: {name} is a binary NumPy file, expected lines of text")
+            raise ValueError(
+                f"{self.path}: metadata/{number}.npy is a binary NumPy file, expected lines of text"
+            )
         return data.decode(errors="replace").splitlines()
 
     def read(self, split: str, side: int, cap: int | None) -> Iterator[pa.RecordBatch]:
@@ -301,12 +314,11 @@ class PathfinderLevel:
             yield from decode_images(
                 (
                     (
-                        os.pread(descriptor, size, offset),
+                        os.pread(descriptor, self.sizes[row], self.offsets[row]),
                         self.labels[row],
-                        self.names[row],
+                        self.name(row),
                     )
-                    for row in rows.tolist()
-                    for offset, size in [self.files[row]]
+                    for row in rows
                 ),
                 side,
                 self.refused[split],
@@ -316,24 +328,48 @@ class PathfinderLevel:
 def sample_of(fields: list[str]) -> tuple[float, str, str]:
     """What orders the lines of a metadata file: the sample's number; lines without one come last."""
     folder, name = [*fields, "", ""][:2]
-    number = re.fullmatch(r"sample_(\d+)\.png", name)
+    number = SAMPLE.fullmatch(name)
     return (int(number[1]) if number else float("inf"), folder, name)
 
 
-def index_tar(path: Path) -> dict[str, tuple[int, int]]:
-    """Offset and size of each file in a tar that extract.py wrote (plain ustar headers)."""
+def image_number(folder: str, sample: str) -> int:
+    """One number for imgs/<folder>/sample_<sample>.png."""
+    return int(folder) << 32 | int(sample)
+
+
+def index_tar(path: Path) -> tuple[dict[int, tuple[int, int]], np.ndarray]:
+    """Where the files are in a tar that extract.py wrote (plain ustar headers).
+
+    Offset and size of each metadata file by its number, and of the images: int64 [n, 3], image_number, offset and
+    size, sorted.
+    """
     block = tarfile.BLOCKSIZE
-    files = {}
-    with open(path, "rb", buffering=1 << 16) as file:
+    metadata, images = {}, array("q")
+    at = 0
+    with open(path, "rb", buffering=READ_BYTES) as file:
         while (header := file.read(block)) != bytes(block):
             if len(header) < block:
                 raise ValueError(f"{path} is cut: make it again with extract.py")
-            name = header[:100].rstrip(b"\0").decode(errors="replace")
-            if not re.fullmatch(r"imgs/\d+/sample_\d+\.png|metadata/\d+\.npy", name):
+            name = header[: header.index(0)].decode(errors="replace")
+            size = int(header[124:135], 8)
+            if match := IMAGE.fullmatch(name):
+                images.extend((image_number(*match.groups()), at + block, size))
+            elif match := METADATA.fullmatch(name):
+                metadata[int(match[1])] = (at + block, size)
+            else:
                 raise ValueError(
                     f"{path}: unexpected member {name!r}: make it again with extract.py"
                 )
-            size = int(header[124:135], 8)
-            files[name] = (file.tell(), size)
-            file.seek(size + -size % block, os.SEEK_CUR)
-    return files
+            at += block + size + -size % block
+            file.seek(at)
+    table = np.array(images).reshape(-1, 3)
+    return metadata, table[np.argsort(table[:, 0], kind="stable")]
+
+
+def look_up(images: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets and sizes of images by their image_number, int64 [n]; size -1 where there is none."""
+    if not len(images):
+        return np.zeros(len(wanted), np.int64), np.full(len(wanted), -1)
+    places = np.minimum(np.searchsorted(images[:, 0], wanted), len(images) - 1)
+    there = images[places, 0] == wanted
+    return images[places, 1], np.where(there, images[places, 2], -1)
