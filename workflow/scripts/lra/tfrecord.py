@@ -125,34 +125,29 @@ def masked_sums(sums: np.ndarray) -> np.ndarray:
 
 
 def crc32c(data: np.ndarray, spans: np.ndarray) -> np.ndarray:
-    """CRC-32C of data[begin:end] for each of the spans (int64 [n, 2], in order), uint32 [n].
+    """CRC-32C of data[begin:end] for each of the spans (int64 [n, 2]), uint32 [n].
 
     The sum is linear: each byte contributes by its value and its distance from the end alone.
     """
-    lengths = spans[:, 1] - spans[:, 0]
-    table, empty = distance_tables()
+    table, rows, empty = distance_tables()
     sums = np.zeros(len(spans), np.uint32)
-    short = (lengths <= LONGEST_IN_TABLE) & (lengths > 0)
-    if short.any():
-        chosen = lengths[short]
-        starts = np.cumsum(chosen) - chosen
-        within = np.arange(chosen.sum(), dtype=np.int32)
-        # For byte i of a record of n: position i in `data`, row n - 1 - i of the table.
-        position = within + np.repeat((spans[short, 0] - starts).astype(np.int32), chosen)
-        row = np.repeat((starts + chosen - 1).astype(np.int32), chosen) - within
-        parts = table.ravel()[(row << 8) + data[position]]
-        sums[short] = np.bitwise_xor.reduceat(parts, starts) ^ empty[chosen]
-    for index in np.flatnonzero(~short):
-        value = 0xFFFFFFFF
-        for byte in data[slice(*spans[index])].tolist():
-            value = (value >> 8) ^ int(table[0, (value ^ byte) & 255])
-        sums[index] = value ^ 0xFFFFFFFF
+    for index, (begin, end) in enumerate(spans.tolist()):
+        length = end - begin
+        if length <= LONGEST_IN_TABLE:
+            parts = table[rows[len(rows) - length :] + data[begin:end]]
+            sums[index] = np.bitwise_xor.reduce(parts) ^ empty[length]
+        else:
+            value = 0xFFFFFFFF
+            for byte in data[begin:end].tolist():
+                value = (value >> 8) ^ int(table[(value ^ byte) & 255])
+            sums[index] = value ^ 0xFFFFFFFF
     return sums
 
 
 @cache
-def distance_tables() -> tuple[np.ndarray, np.ndarray]:
-    """What a byte adds to the sum, uint32 [distance from the end, value], and the sums of n zero bytes [n]."""
+def distance_tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a byte adds to the sum, uint32 [256 * distance from the end + value], 256 * distance from the farthest
+    to 0, and the sums of n zero bytes [n]."""
     values = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         values = (values >> 1) ^ np.where(values & 1, np.uint32(0x82F63B78), np.uint32(0))
@@ -167,7 +162,8 @@ def distance_tables() -> tuple[np.ndarray, np.ndarray]:
     for length in range(1, LONGEST_IN_TABLE + 1):
         state = (state >> 8) ^ int(values[state & 255])
         empty[length] = state ^ 0xFFFFFFFF
-    return table, empty
+    rows = np.arange(LONGEST_IN_TABLE - 1, -1, -1) << 8
+    return table.ravel(), rows, empty
 
 
 # ---------------------------------------------------------------- tf.train.Example
@@ -207,7 +203,9 @@ def delimited(data: bytes, at: int, tag: int) -> tuple[int, int]:
     """Where the content of a length-delimited field with this tag starts and ends."""
     if data[at] != tag:
         raise ValueError(f"tag {data[at]}, expected {tag}")
-    length, begin = varint(data, at + 1)
+    length, begin = data[at + 1], at + 2
+    if length > 127:
+        length, begin = varint(data, at + 1)
     if begin + length > len(data):
         raise ValueError("a field is longer than its record")
     return begin, begin + length
