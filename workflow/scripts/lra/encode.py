@@ -201,11 +201,23 @@ def encode_images(images: np.ndarray) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(images.reshape(-1)), size)
 
 
+# What a channel of each value adds to a gray, float32 [3, 256].
+_GRAY_PARTS = np.outer(
+    np.array([0.2989, 0.587, 0.114], np.float32),
+    np.arange(256, dtype=np.float32) * np.float32(1 / 255),
+)
+
+
 def to_gray(images: np.ndarray) -> np.ndarray:
-    """RGB to gray, uint8 [..., 3] to uint8 [...], with the rounding of tf.image.rgb_to_grayscale."""
-    scaled = images.astype(np.float32) * np.float32(1 / 255)
-    gray = scaled @ np.array([0.2989, 0.587, 0.114], np.float32)
-    return np.clip(gray * np.float32(255.5), 0, 255).astype(np.uint8)
+    """RGB to gray, uint8 [..., 3] to uint8 [...], with the rounding of tf.image.rgb_to_grayscale.
+
+    Sums of looked-up parts, not a matrix product: how a product rounds depends on the machine.
+    """
+    gray = _GRAY_PARTS[0][images[..., 0]]
+    gray += _GRAY_PARTS[1][images[..., 1]]
+    gray += _GRAY_PARTS[2][images[..., 2]]
+    gray *= np.float32(255.5)
+    return gray.astype(np.uint8)
 
 
 def to_lists(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:

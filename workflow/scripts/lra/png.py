@@ -120,16 +120,23 @@ def unfilter_rows(kind: int, row: np.ndarray, above: np.ndarray) -> np.ndarray:
             row[x] += ((left.astype(np.uint16) + up) >> 1).astype(np.uint8)
             left = row[x]
         return row
-    wide = above.astype(np.int16)
-    corner = np.zeros(row.shape[1:], np.int16)
-    for x, up in enumerate(wide):
-        wide_left = left.astype(np.int16)
-        by_up, by_left = up - corner, wide_left - corner
-        to_left, to_up, to_corner = np.abs(by_up), np.abs(by_left), np.abs(by_up + by_left)
-        nearest = np.where(to_up <= to_corner, up, corner)
-        nearest = np.where((to_left <= to_up) & (to_left <= to_corner), wide_left, nearest)
+    up = above.astype(np.int16)
+    by_up = np.diff(up, axis=0, prepend=np.int16(0))  # how far left + up - corner is from left
+    to_left = np.abs(by_up)
+    left = np.zeros(row.shape[1:], np.int16)
+    corner = left
+    for x in range(len(row)):
+        by_left = left - corner
+        to_up, to_corner = np.abs(by_left), np.abs(by_left + by_up[x])
+        # nearest = up if to_up <= to_corner else corner; then left if to_left <= both. A shifted sign is a mask of
+        # all bits or none, several times as fast as np.where.
+        nearest = up[x] - (by_up[x] & ((to_corner - to_up) >> 15))
+        np.minimum(to_up, to_corner, out=to_up)
+        nearest -= left
+        nearest &= (to_up - to_left[x]) >> 15
+        nearest += left
         row[x] += nearest.astype(np.uint8)
-        left, corner = row[x], up
+        left, corner = row[x].astype(np.int16), up[x]
     return row
 
 
