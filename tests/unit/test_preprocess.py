@@ -746,6 +746,24 @@ def test_inspection_decodes_an_example(tmp_path):
         inspect_data.inspect(tmp_path / "listops", "test", 3)
 
 
+def test_inspection_of_text_and_images(tmp_path):
+    rows = make_texts(tmp_path, "text")
+    run(tmp_path, "text", 64)
+    report = inspect_data.inspect(tmp_path / "text", "test", 0)
+    assert report.splitlines()[-1] == f"input_ids_0: {rows[60]['text'].decode(errors='replace')}"
+    with pytest.raises(ValueError, match="the task text has no images"):
+        inspect_data.inspect(tmp_path / "text", "test", 0, tmp_path / "x.png")
+    make_pathfinder(tmp_path)
+    run(tmp_path, "pathfinder", 64, image_size=8)
+    report = inspect_data.inspect(tmp_path / "pathfinder", "dev", 3)
+    assert len(report.splitlines()[-1]) == 16
+    assert "length, percentiles 0 25 50 75 100: [64, 64, 64, 64, 64]" in report
+    inspect_data.inspect(tmp_path / "pathfinder", "dev", 3, tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as image:
+        pixels = np.asarray(image)[::8, ::8].ravel().tolist()
+    assert pixels == rows_of(tmp_path, "pathfinder", "dev")[3]["input_ids_0"]
+
+
 def test_extraction_and_preprocessing_fit_together(tmp_path):
     """extract.py's tar is what the Pathfinder reader expects."""
     make_pathfinder(tmp_path)
