@@ -5,10 +5,12 @@ import io
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from unittest import mock
 
 import extract
 import inspect_data
@@ -399,6 +401,33 @@ def test_retrieval_rows(tmp_path):
     assert (manifest["num_inputs"], manifest["vocab_size"]) == (2, 257)
 
 
+@pytest.mark.parametrize("size", [50, 1000, 1 << 20])
+def test_pairs_agree_with_a_plain_reading(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(readers, "READ_BYTES", size)
+    rng = random.Random(size)
+    lines = []
+    for _ in range(600):
+        fields = [rng.choice(["0", "1", "0.0", "1.0", "2", ""])]
+        for _ in range(rng.choice([0, 2, 3, 4, 4, 4, 4, 5])):
+            fields.append("".join(rng.choices('ab" \xe9\r', k=rng.randrange(300))))
+        lines.append("\t".join(fields).encode() + rng.choice([b"\n", b"\r\n"]))
+    path = tmp_path / "pairs.tsv"
+    path.write_bytes(b"".join(lines)[:-1])
+    expected = []
+    for line in path.read_bytes().split(b"\n"):
+        fields = line.removesuffix(b"\r").split(b"\t", 4)
+        if len(fields) == 5 and fields[0] in (b"0", b"1", b"0.0", b"1.0"):
+            expected.append((int(fields[0][:1]), fields[3][:100], fields[4][:100]))
+    refused = readers.Refused()
+    found = [
+        (row["label"], bytes(row["input_ids_0"]), bytes(row["input_ids_1"]))
+        for batch in readers.read_retrieval(path, 100, refused)
+        for row in batch.to_pylist()
+    ]
+    assert found == expected
+    assert refused.count == 600 - len(expected)
+
+
 def decode(ids: list[int]) -> bytes:
     return encode.decode_text(np.array(ids))
 
@@ -689,6 +718,37 @@ def test_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
         run(tmp_path, "listops", 20)
     assert hashes(tmp_path / "listops") == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["archives", "listops", "raw"]
+
+
+def test_write_that_fails_for_real_is_one_line_and_leaves_nothing(tmp_path):
+    """A limit on the size of files stands in for a full disk: writes of Arrow fail in the middle."""
+    make_listops(tmp_path)
+    config = json.dumps({"max_length": 20})
+    command = [sys.executable, SCRIPTS / "preprocess.py", "--task", "listops", "--config", config]
+    command += ["--run-data", tmp_path, "--output-dir", tmp_path / "listops"]
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["archives", "raw"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert (tmp_path / "listops" / "manifest.json").exists()
+
+
+@any_time
+@given(st.integers(0, 10**6), st.sampled_from([(0.8, 0.9), (0.9,)]))
+def test_parts_of_a_split_are_disjoint_and_complete(count, edges):
+    with mock.patch.object(readers, "count_examples", lambda *_: count):
+        shares = [0, *edges, 1]
+        parts = [
+            readers.edges_of(Path(), ("train", *pair))[1:]
+            for pair in zip(shares, shares[1:], strict=False)
+        ]
+    assert parts[0][0] == 0 and parts[-1][1] == count
+    assert all(left[1] == right[0] for left, right in zip(parts, parts[1:], strict=False))
 
 
 @pytest.mark.parametrize(
