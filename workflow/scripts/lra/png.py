@@ -9,6 +9,7 @@ Source of the filters: PNG specification, third edition, section 9.
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,7 +23,7 @@ PIECE = (
 )  # bytes of rows that are unfiltered together: enough images for NumPy, few enough for the cache
 
 
-def decode_pngs(files: list[bytes], side: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+def decode_pngs(files: Sequence[bytes], side: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
     """Gray pixels of PNG files, RGB turned to gray as TensorFlow does.
 
     Returns the images that could be read, uint8 [m, side, side], their positions in `files` [m], and why the

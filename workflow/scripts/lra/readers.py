@@ -13,7 +13,7 @@ import os
 import re
 import tarfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,8 @@ PATHFINDER_SALTS = {
 
 
 IMAGE = re.compile(r"imgs/(\d{1,9})/sample_(\d{1,9})\.png")
-METADATA = re.compile(r"metadata/(\d{1,9})\.npy")
+PACKED_IMAGE = re.compile(IMAGE.pattern.encode())
+PACKED_METADATA = re.compile(rb"metadata/(\d{1,9})\.npy")
 SAMPLE = re.compile(r"sample_(\d{1,9})\.png")
 
 
@@ -179,12 +180,13 @@ def read_tfds_images(
     examples = labelled_examples(folder, name, start, stop, num_classes, refused)
     yield from decode_images(
         (
-            (example["image"] or b"", example["label"], (f"{folder.parent.name} {name}", number))
+            (example["image"] or b"", example["label"], number)
             for number, example in examples
             if taken is None or number in taken
         ),
         side,
         refused,
+        lambda number: (f"{folder.parent.name} {name}", number),
     )
 
 
@@ -213,16 +215,20 @@ def labelled_examples(
 
 
 def decode_images(
-    images: Iterable[tuple[bytes, int, tuple[str, int]]], side: int, refused: Refused
+    images: Iterable[tuple[bytes, int, int]],
+    side: int,
+    refused: Refused,
+    name_of: Callable[[int], tuple[str, int]],
 ) -> Iterator[pa.RecordBatch]:
-    """Record batches of images given as the bytes of a PNG, a label, and the file and line that name it."""
+    """Record batches of images: the bytes of a PNG, a label, and a number whose file and line `name_of` tells."""
     images = iter(images)
     while some := list(itertools.islice(images, IMAGES_PER_READ)):
-        pixels, good, faults = decode_pngs([data for data, _, _ in some], side)
+        files, labels, numbers = zip(*some, strict=True)
+        pixels, good, faults = decode_pngs(files, side)
         for position, reason in sorted(faults.items()):
-            refused.add(*some[position][2], reason)
+            refused.add(*name_of(numbers[position]), reason)
         if len(good):
-            yield batch_of([some[index][1] for index in good], encode_images(pixels))
+            yield batch_of(np.array(labels)[good], encode_images(pixels))
 
 
 # ---------------------------------------------------------------- Pathfinder as it is in the release
@@ -311,17 +317,17 @@ class PathfinderLevel:
             rows = rows[choose_capped(self.labels[rows], np.arange(len(rows)), cap)]
         with open(self.path, "rb") as file:
             descriptor = file.fileno()
+            places = (self.offsets[rows], self.sizes[rows], self.labels[rows], rows)
             yield from decode_images(
                 (
-                    (
-                        os.pread(descriptor, self.sizes[row], self.offsets[row]),
-                        self.labels[row],
-                        self.name(row),
+                    (os.pread(descriptor, size, offset), label, row)
+                    for offset, size, label, row in zip(
+                        *(part.tolist() for part in places), strict=True
                     )
-                    for row in rows
                 ),
                 side,
                 self.refused[split],
+                self.name,
             )
 
 
@@ -350,15 +356,15 @@ def index_tar(path: Path) -> tuple[dict[int, tuple[int, int]], np.ndarray]:
         while (header := file.read(block)) != bytes(block):
             if len(header) < block:
                 raise ValueError(f"{path} is cut: make it again with extract.py")
-            name = header[: header.index(0)].decode(errors="replace")
+            name = header[: header.index(0)]
             size = int(header[124:135], 8)
-            if match := IMAGE.fullmatch(name):
+            if match := PACKED_IMAGE.fullmatch(name):
                 images.extend((image_number(*match.groups()), at + block, size))
-            elif match := METADATA.fullmatch(name):
+            elif match := PACKED_METADATA.fullmatch(name):
                 metadata[int(match[1])] = (at + block, size)
             else:
                 raise ValueError(
-                    f"{path}: unexpected member {name!r}: make it again with extract.py"
+                    f"{path}: unexpected member {name.decode(errors='replace')!r}: make it again with extract.py"
                 )
             at += block + size + -size % block
             file.seek(at)
