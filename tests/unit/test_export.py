@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 
+import benchmark_preprocess
 import export
 import numpy as np
 import pyarrow as pa
@@ -87,3 +88,15 @@ def test_missing_task_is_one_line(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and "manifest.json is missing" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_benchmark_makes_its_input_and_measures(tmp_path, capsys, monkeypatch):
+    arguments = ["benchmark_preprocess.py", "--scale", "0.002", "--tasks", "text"]
+    arguments += ["--folder", str(tmp_path), "--json", str(tmp_path / "figures.json")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    benchmark_preprocess.main()
+    assert "text            100" in capsys.readouterr().out
+    whole = json.loads((tmp_path / "figures.json").read_text())["tasks"]["text"]["whole"]
+    assert whole["rows"] == 100 and whole["refused"] == 0
+    assert 0 < whole["cpu_seconds"] < 60 and whole["share_of_pickles"] < 0.25
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
