@@ -182,7 +182,7 @@ def load(folder: Path) -> tuple[dict, dict[str, Split]]:
                 f"{path} has {path.stat().st_size} bytes, its manifest says {described['bytes']}; delete {folder} and "
                 "preprocess again"
             )
-        splits[name] = Split(path, manifest["padding_id"] is not None, manifest["id_offset"])
+        splits[name] = Split(path, manifest["padding_id"] is not None, manifest.get("id_offset", 0))
         if len(splits[name]) != described["rows"]:
             raise DataError(
                 f"{path} has {len(splits[name])} rows, its manifest says {described['rows']}"

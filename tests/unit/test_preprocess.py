@@ -170,9 +170,10 @@ import os, sys
 os.environ.update(CUDA_VISIBLE_DEVICES="", TF_CPP_MIN_LOG_LEVEL="3")
 import numpy as np, tensorflow as tf
 from lra.encode import to_gray
-colours = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), dtype=np.uint8)
-colours[0, :256] = np.arange(256)[:, None]
-assert (to_gray(colours) == tf.image.rgb_to_grayscale(colours).numpy()[..., 0]).all()
+colours = np.stack(np.broadcast_arrays(0, *np.ogrid[:256, :256]), 2).astype(np.uint8)
+for red in range(256):
+    colours[..., 0] = red
+    assert (to_gray(colours) == tf.image.rgb_to_grayscale(colours).numpy()[..., 0]).all()
 """
     subprocess.run(
         [tf_python, "-c", program], check=True, env=os.environ | {"PYTHONPATH": str(SCRIPTS)}
