@@ -5,11 +5,13 @@ import http.server
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +43,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif kind == "random":
             cut = random.Random(tries).randrange(1, 40_000)
             self.answer(BODY, resumes=True, limit=cut)
+        elif kind == "slow":
+            self.answer(BODY, limit=30_000, pause=0.4)
         elif kind == "shorter":
             self.answer(BODY[:-1000])
         elif kind == "restart":
@@ -58,6 +62,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         resumes: bool = False,
         limit: int | None = None,
         promised: int | None = None,
+        pause: float | None = None,
     ) -> None:
         start = 0
         if resumes and (wanted := self.headers.get("Range")):
@@ -72,6 +77,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str((promised or len(body)) - start))
         self.end_headers()
         self.wfile.write(body[start : start + limit if limit else None])
+        if pause:
+            self.wfile.flush()
+            time.sleep(pause)
+            self.wfile.write(body[limit:])
 
     def log_message(self, *_) -> None:
         pass
@@ -313,3 +322,10 @@ def test_disk_that_fills_up_during_the_download(server, tmp_path, monkeypatch):
     output, _ = fetch(source(f"{server.url}/good"), tmp_path)
     assert output.read_bytes() == BODY
     assert server.requests == [("/good", "bytes=1000-")]
+
+
+def test_log_says_how_far_a_long_download_is(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(download, "LOG_SECONDS", 0.1)
+    output, _ = fetch(source(f"{server.url}/slow"), tmp_path)
+    assert output.read_bytes() == BODY
+    assert re.search(r"\.part: [\d,]+ bytes\n", capsys.readouterr().err)

@@ -38,6 +38,7 @@ LEDGER = "checksums.json"
 KEPT = ".kept"
 KEYS = {"name", "file", "urls", "sha256", "bytes", "licence", "provenance"}
 NUM_ATTEMPTS = 5
+LOG_SECONDS = 15  # between lines about a download's progress where there is no terminal
 CUT = {18, 28, 52, 55, 56, 92}  # curl's codes for a connection that stopped midway
 CANNOT_RESUME = {33, 36}
 
@@ -214,11 +215,22 @@ def curl(url: str, part: Path) -> tuple[int, int, str]:
     command += ["--proto", "=http,https,file", "--proto-redir", "=http,https"]
     command += ["--progress-bar"] if terminal else ["--silent"]
     command += ["--write-out", "%{http_code} %{errormsg}", url]
-    result = subprocess.run(
+    process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=None if terminal else subprocess.DEVNULL, text=True
     )
-    status, _, message = result.stdout.partition(" ")
-    return result.returncode, int(status or 0), message.strip()
+    try:
+        while True:
+            try:
+                output, _ = process.communicate(timeout=LOG_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                if not terminal and part.exists():
+                    print(f"{part.name}: {part.stat().st_size:,} bytes", file=sys.stderr)
+    finally:
+        process.kill()
+        process.wait()
+    status, _, message = output.partition(" ")
+    return process.returncode, int(status or 0), message.strip()
 
 
 def checked_hash(path: Path, expected: str | None, whose: str) -> str:
