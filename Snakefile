@@ -80,15 +80,18 @@ rule kernels:
         rules.compile_kernels.output,
 
 
-# One target a task and alias of a task: its trainings and figures.
-for _name in [*TASKS, *(alias for alias, task in settings.ALIASES.items() if task in TASKS)]:
+# One target a task, under each of its names: its trainings and figures.
+for _name, _task in [
+    *((task, task) for task in TASKS),
+    *((alias, task) for alias, task in settings.ALIASES.items() if task in TASKS),
+]:
 
     rule:
         name:
             _name
         input:
-            runs_of(settings.canonical_task(_name)),
-            figures_of(settings.canonical_task(_name)),
+            runs_of(_task),
+            figures_of(_task),
         localrule: True
 
 

@@ -29,7 +29,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     which = parser.add_argument_group("which training")
     which.add_argument(
         "--task",
-        help="listops, text, retrieval, image (cifar10) or pathfinder, with or without lra-",
+        help="listops, text, retrieval, image (cifar10), pathfinder, agnews or yelp, with or without lra-",
     )
     which.add_argument(
         "--name", default="sat", metavar="ATTENTION", help="a file config/attentions/ATTENTION.yaml"

@@ -24,7 +24,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = "workflow/schemas/config.schema.yaml"
 BLOCKS = ("dataset", "model", "training", "transition", "pattern")
-ALIASES = {"cifar10": "image"}
+ALIASES = {"cifar10": "image", "news1": "agnews", "yelp1": "yelp"}
 
 
 class ConfigError(ValueError):
@@ -160,8 +160,17 @@ def complete(config: Mapping, where: str = "configuration", root: Path = ROOT) -
         task = canonical_task(name, root)
         by_task[task] = merge(by_task.get(task, {}), changes)
     config["settings"] = by_task
-    if config["data"] == "generated" and "demo" not in config:
-        raise ConfigError(f"{where}: data is 'generated', which needs the key 'demo'")
+    if config["data"] == "generated":
+        if "demo" not in config:
+            raise ConfigError(f"{where}: data is 'generated', which needs the key 'demo'")
+        if extra := sorted(set(config["tasks"]) - config["demo"].keys()):
+            raise ConfigError(
+                f"{where}: data is 'generated', which there is none of for {extra[0]}"
+            )
+        if others := sorted(set(config["read_from"].values()) - {"lra_release"}):
+            raise ConfigError(
+                f"{where}: data is 'generated', which has no source '{others[0]}' (read_from)"
+            )
     for task in config["tasks"]:
         for attention in config["attentions"]:
             resolve(config, task, attention, config["seeds"][0], root)
@@ -268,10 +277,15 @@ def with_caps(dataset: Mapping, caps: Mapping) -> dict:
 
 
 def resolve_dataset(config: Mapping, task: str, root: Path = ROOT) -> dict:
-    """What the preprocessing of a task depends on, and nothing else: {task, caps, max_length, options}."""
+    """What the preprocessing of a task depends on, and nothing else.
+
+    {task, caps, max_length, options}, and {source} where it is not the task's only one or the usual one.
+    """
     dataset = resolve(config, task, config["attentions"][0], config["seeds"][0], root)["dataset"]
     caps = {split: dataset.pop(split) for split in ("train", "dev", "test")}
-    return {"task": task, "caps": caps, "max_length": dataset.pop("max_length"), "options": dataset}
+    settings = {"task": task, "caps": caps, "max_length": dataset.pop("max_length")}
+    source = config.get("read_from", {}).get(task, "lra_release")
+    return settings | {"options": dataset} | ({"source": source} if source != "lra_release" else {})
 
 
 @dataclasses.dataclass(frozen=True)

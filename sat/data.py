@@ -1,7 +1,8 @@
 """Reading the preprocessed Arrow files: memory-mapped, a batch at a time, in a fixed order.
 
 A split is an Arrow IPC file with the columns `input_ids_0` (and `input_ids_1` for two texts) and `label`, beside a
-`manifest.json` that says what the ids mean. Shapes: B sequences of a batch, S padded length.
+`manifest.json` that says what the ids mean: those of texts are the stored bytes + `id_offset`.
+Shapes: B sequences of a batch, S padded length.
 """
 
 from __future__ import annotations
@@ -54,9 +55,13 @@ class Batch:
 
 
 class Column:
-    """A memory-mapped column of id lists, of fixed or varying length, in one or several chunks."""
+    """A memory-mapped column of id lists, of fixed or varying length, in one or several chunks.
 
-    def __init__(self, column: pa.ChunkedArray):
+    The ids are the column's values + `id_offset`: bytes of a text are stored as they are, their ids are 1 to 256.
+    """
+
+    def __init__(self, column: pa.ChunkedArray, id_offset: int):
+        self.id_offset = id_offset
         self.values, self.offsets = [], []
         for chunk in column.chunks:
             if pa.types.is_fixed_size_list(chunk.type):
@@ -84,6 +89,7 @@ class Column:
             source = begin[:, None] + np.arange(length)
             part = np.zeros(inside.shape, dtype=np.int64)
             part[inside] = self.values[chunk][source[inside]]
+            part[inside] += self.id_offset
             ids[here], lengths[here] = part, count
         return ids, lengths
 
@@ -97,11 +103,13 @@ class Column:
 class Split:
     """One split of a processed task, memory-mapped."""
 
-    def __init__(self, path: Path, padded: bool):
+    def __init__(self, path: Path, padded: bool, id_offset: int):
         with pa.memory_map(str(path)) as source:
             table = pa.ipc.open_file(source).read_all()
         self.columns = [
-            Column(table[name]) for name in table.column_names if name.startswith("input_ids")
+            Column(table[name], id_offset)
+            for name in table.column_names
+            if name.startswith("input_ids")
         ]
         self.labels = table["label"].to_numpy().astype(np.int64)
         self.padded = padded
@@ -179,7 +187,7 @@ def load(folder: Path) -> tuple[dict, dict[str, Split]]:
                 f"{path} has {path.stat().st_size} bytes, its manifest says {described['bytes']}; delete {folder} and "
                 "preprocess again"
             )
-        splits[name] = Split(path, padded=manifest["padding_id"] is not None)
+        splits[name] = Split(path, manifest["padding_id"] is not None, manifest.get("id_offset", 0))
         if len(splits[name]) != described["rows"]:
             raise DataError(
                 f"{path} has {len(splits[name])} rows, its manifest says {described['rows']}"

@@ -9,8 +9,8 @@ import pyarrow as pa
 
 KINDS = {
     "listops": {"num_classes": 10, "vocab_size": 16, "padding_id": 0, "ids": pa.uint8()},
-    "text": {"num_classes": 2, "vocab_size": 257, "padding_id": 0, "ids": pa.uint16()},
-    "retrieval": {"num_classes": 2, "vocab_size": 257, "padding_id": 0, "ids": pa.uint16()},
+    "text": {"num_classes": 2, "vocab_size": 257, "padding_id": 0, "ids": pa.uint8()},
+    "retrieval": {"num_classes": 2, "vocab_size": 257, "padding_id": 0, "ids": pa.uint8()},
     "image": {"num_classes": 10, "vocab_size": 256, "padding_id": None, "ids": pa.uint8()},
     "pathfinder": {"num_classes": 2, "vocab_size": 256, "padding_id": None, "ids": pa.uint8()},
 }
@@ -22,6 +22,7 @@ def write_processed(
     """splits: name -> (rows, labels) or (rows, labels, rows of the second input); width: of fixed-size rows."""
     folder.mkdir(parents=True, exist_ok=True)
     kind = KINDS[task]
+    offset = int(kind["vocab_size"] == 257)
     manifest = {
         "schema_version": 1,
         "task": task,
@@ -31,15 +32,17 @@ def write_processed(
         "vocab_size": kind["vocab_size"],
         "max_length": max(len(row) for split in splits.values() for row in split[0]),
         "padding_id": kind["padding_id"],
+        "id_offset": offset,
         "options": {},
         "splits": {},
         "sources": [],
     }
     for name, (rows, labels, *others) in splits.items():
         ids = pa.list_(kind["ids"], width)
-        columns = {"input_ids_0": pa.array(rows, ids)}
-        if others:
-            columns["input_ids_1"] = pa.array(others[0], ids)
+        columns = {
+            f"input_ids_{index}": pa.array([[i - offset for i in row] for row in column], ids)
+            for index, column in enumerate([rows, *others])
+        }
         table = pa.table(columns | {"label": pa.array(labels, pa.uint8())})
         path = folder / f"{name}.arrow"
         with pa.ipc.new_file(str(path), table.schema) as writer:

@@ -183,3 +183,35 @@ def test_padded_length(lra, max_seq_len, pooling, length):
 def test_digest_follows_content_not_order():
     assert config.digest({"a": 1, "b": 2}) == config.digest(json.loads('{"b": 2, "a": 1}'))
     assert config.digest({"a": 1}) != config.digest({"a": 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "task"), [("news1", "agnews"), ("lra-agnews", "agnews"), ("yelp1", "yelp")]
+)
+def test_extra_tasks_are_used_when_they_are_named(lra, name, task):
+    changed = config.complete(config.merge(lra, {"tasks": [name]}))
+    assert changed["tasks"] == [task]
+    dataset = config.resolve_dataset(changed, task)
+    assert dataset["options"] == {"dev_split": "holdout"}
+    for attention in changed["attentions"]:
+        config.RunConfig.from_dict(config.resolve(changed, task, attention, 1001))
+
+
+def test_the_usual_source_is_not_named(lra):
+    assert "source" not in config.resolve_dataset(lra, "pathfinder")
+    changed = config.merge(lra, {"read_from": {"pathfinder": "pathfinder_tfds"}})
+    changed = config.complete(changed)
+    assert config.resolve_dataset(changed, "pathfinder")["source"] == "pathfinder_tfds"
+    assert "source" not in config.resolve_dataset(changed, "listops")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"tasks": ["yelp"]}, "none of for yelp"),
+        ({"read_from": {"retrieval": "aan_mirror"}}, "aan"),
+    ],
+)
+def test_what_is_not_generated_is_named(change, word):
+    with pytest.raises(config.ConfigError, match=word):
+        config.complete(config.merge(config.load("demo"), change))

@@ -217,7 +217,7 @@ demo_archives.generate(config, folder)
 caps = {"train": 20, "dev": None, "test": None}
 for task, length in (("text", 128), ("image", 1024)):
     preprocess.preprocess(task, {"max_length": length, "caps": caps}, folder, folder / task)
-lra = {"max_length": 128, "options": {"dev": "lra"}}
+lra = {"max_length": 128, "options": {"dev_split": "lra"}}
 preprocess.preprocess("text", lra, folder, folder / "text_lra")
 """
 
@@ -245,7 +245,7 @@ def test_demo_with_tensorflow(tmp_path, tf_python):
     assert {s: facts["rows"] for s, facts in text["splits"].items()} == {
         "train": 20, "dev": 3, "test": 20,
     }  # fmt: skip
-    assert text["options"] == {"dev": "holdout"}
+    assert text["options"] == {"dev_split": "holdout"}
     image = json.loads((tmp_path / "1" / "image" / "manifest.json").read_text())
     assert {s: facts["rows"] for s, facts in image["splits"].items()} == {
         "train": 20, "dev": 4, "test": 20,

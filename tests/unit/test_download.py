@@ -3,10 +3,15 @@
 import hashlib
 import http.server
 import json
+import os
+import random
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +40,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif kind == "cut":
             # Resumes, but stops after 30,000 bytes each time.
             self.answer(BODY, resumes=True, limit=30_000)
+        elif kind == "random":
+            cut = random.Random(tries).randrange(1, 40_000)
+            self.answer(BODY, resumes=True, limit=cut)
+        elif kind == "slow":
+            self.answer(BODY, limit=30_000, pause=0.4)
+        elif kind == "shorter":
+            self.answer(BODY[:-1000])
         elif kind == "restart":
             self.answer(BODY, limit=30_000 if tries == 1 else None)
         elif kind == "longer":
@@ -50,6 +62,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         resumes: bool = False,
         limit: int | None = None,
         promised: int | None = None,
+        pause: float | None = None,
     ) -> None:
         start = 0
         if resumes and (wanted := self.headers.get("Range")):
@@ -64,6 +77,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str((promised or len(body)) - start))
         self.end_headers()
         self.wfile.write(body[start : start + limit if limit else None])
+        if pause:
+            self.wfile.flush()
+            time.sleep(pause)
+            self.wfile.write(body[limit:])
 
     def log_message(self, *_) -> None:
         pass
@@ -251,3 +268,64 @@ def test_command_line_reports_in_one_piece(server, tmp_path):
     assert bad.returncode == 1
     assert "error: set: no URL gave set.gz" in bad.stderr
     assert "Traceback" not in bad.stderr
+
+
+def test_unpacked_folder_put_there_by_hand_is_packed(server, tmp_path):
+    folder = tmp_path / "by_hand" / "set"
+    for name in ("b/2", "a/1", "a/10"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    row = source(f"{server.url}/good", sha256=None)
+    output, record = fetch(row, tmp_path, tmp_path / "by_hand")
+    with tarfile.open(output, "r:") as tar:
+        assert tar.getnames() == ["set/a/1", "set/a/10", "set/b/2"]
+        assert tar.extractfile("set/a/10").read() == b"a/10"
+    first = output.read_bytes()
+    assert json.loads(record.read_text())["sha256"] == hashlib.sha256(first).hexdigest()
+    assert json.loads(record.read_text())["url"] == f"manual: {folder}"
+    os.utime(folder / "a/1", (0, 0))
+    fetch(row, tmp_path, tmp_path / "by_hand")  # the hash of the first time still holds
+    assert output.read_bytes() == first
+    (folder / "a/1").write_text("other")
+    with pytest.raises(ValueError, match="expected .*checksums.json"):
+        fetch(row, tmp_path, tmp_path / "by_hand")
+    assert not list((tmp_path / "archives").glob(".*.tmp"))
+    assert server.requests == []
+
+
+def test_server_that_cuts_at_random_bytes(server, tmp_path):
+    output, _ = fetch(source(f"{server.url}/random"), tmp_path)
+    assert output.read_bytes() == BODY
+    assert len(server.requests) > 3
+
+
+def test_server_that_promises_less_than_it_has(server, tmp_path):
+    """curl stops at the promised length: the hash tells, and what came is not taken for the file."""
+    with pytest.raises(ValueError, match=f"expected {SHA256}"):
+        fetch(source(f"{server.url}/shorter"), tmp_path)
+    assert left(tmp_path) == []
+
+
+def test_disk_that_fills_up_during_the_download(server, tmp_path, monkeypatch):
+    """curl ends with 23 when it cannot write; what is there stays for the next attempt."""
+    real = download.curl
+
+    def full(url, part):
+        part.write_bytes(BODY[:1000])
+        return 23, 200, "Failure writing output to destination"
+
+    monkeypatch.setattr(download, "curl", full)
+    with pytest.raises(ValueError, match="Failure writing output"):
+        fetch(source(f"{server.url}/good"), tmp_path)
+    assert not (tmp_path / "archives" / "set.gz").exists()
+    monkeypatch.setattr(download, "curl", real)
+    output, _ = fetch(source(f"{server.url}/good"), tmp_path)
+    assert output.read_bytes() == BODY
+    assert server.requests == [("/good", "bytes=1000-")]
+
+
+def test_log_says_how_far_a_long_download_is(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(download, "LOG_SECONDS", 0.1)
+    output, _ = fetch(source(f"{server.url}/slow"), tmp_path)
+    assert output.read_bytes() == BODY
+    assert re.search(r"\.part: [\d,]+ bytes\n", capsys.readouterr().err)

@@ -10,6 +10,7 @@ from pathlib import Path
 import demo_archives
 import extract
 import pytest
+from lra.files import run_script
 
 LEVEL = "curv_contour_length_14"
 INNER = "lra_release/lra_release"
@@ -232,3 +233,73 @@ def test_command_line(tmp_path):
     assert bad.returncode == 1
     assert bad.stderr.startswith(f"error: {archive} is cut or corrupt")
     assert len(bad.stderr.splitlines()) == 1
+
+
+def tfds_members() -> dict[str, bytes]:
+    """The TFDS form of Pathfinder: all levels in one folder."""
+    names = [f"pathfinder32-{s}.tfrecord-00000-of-00001" for s in ("easy", "hard")]
+    names += ["dataset_info.json", "features.json"]
+    return {f"TFDS/pathfinder32/1.0.0/{name}": name.encode() * 99 for name in names} | {
+        "TFDS/pathfinder64/1.0.0/dataset_info.json": b"another size"
+    }
+
+
+@pytest.mark.parametrize("name", ["pathfinder_tfds.gz", "pathfinder_tfds.tar"])
+def test_tfds_form_of_pathfinder(tmp_path, name):
+    archive = pack(tmp_path / name, tfds_members())
+    left = tmp_path / "tfds" / "pathfinder32" / "1.0.0" / "left"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    extract.extract_tfds(archive, tmp_path / "tfds", "pathfinder32/1.0.0")
+    found = {
+        f"TFDS/{path.relative_to(tmp_path / 'tfds')}": path.read_bytes()
+        for path in (tmp_path / "tfds").rglob("*")
+        if path.is_file()
+    }
+    assert found == {name: data for name, data in tfds_members().items() if "32" in name}
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"../TFDS/pathfinder32/1.0.0/evil": b""}, "leads out"),
+        ({"TFDS/pathfinder32/1.0.0/dataset_info.json": None}, "has no member pathfinder32/1.0.0"),
+    ],
+)
+def test_tfds_form_that_is_refused(tmp_path, change, match):
+    files = tfds_members() | change
+    archive = pack(tmp_path / "a.gz", {n: data for n, data in files.items() if data is not None})
+    with pytest.raises(ValueError, match=match):
+        extract.extract_tfds(archive, tmp_path / "tfds", "pathfinder32/1.0.0")
+    assert outputs(tmp_path / "tfds") == []
+    archive.write_bytes(archive.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="cut or corrupt|leads out"):
+        extract.extract_tfds(archive, tmp_path / "tfds", "pathfinder32/1.0.0")
+    assert outputs(tmp_path / "tfds") == []
+
+
+def test_folder_instead_of_an_archive(tmp_path):
+    for name, data in members().items():
+        path = tmp_path / "release" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    extract.extract(tmp_path / "release", tmp_path / "raw", LEVEL)
+    assert outputs(tmp_path / "raw") == OUTPUTS
+    assert (tmp_path / "raw/listops/basic_test.tsv").read_bytes() == b"inner test"
+
+
+def test_full_disk_leaves_nothing_and_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    archive = pack(tmp_path / "a.gz", members())
+    monkeypatch.setattr(extract, "append", full)
+    arguments = ["extract.py", "--archive", str(archive), "--output-dir", str(tmp_path / "raw")]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--level", LEVEL])
+    with pytest.raises(SystemExit) as stopped:
+        run_script(extract.main)
+    assert stopped.value.code == "error: [Errno 28] No space left on device"
+    assert outputs(tmp_path / "raw") == []
+    monkeypatch.undo()
+    extract.extract(archive, tmp_path / "raw", LEVEL)
+    assert outputs(tmp_path / "raw") == OUTPUTS

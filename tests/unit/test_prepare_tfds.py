@@ -46,6 +46,10 @@ imdb = {
     f"aclImdb/{split}/{kind}/{n}_7.txt": f"{split} {kind} {n}".encode()
     for split in ("train", "test") for kind in ("pos", "neg", "unsup") for n in range(10)
 }
+csv = lambda n: "".join(f'"{1 + k % n}","title {k}","news {k}"\\n' for k in range(20)).encode()
+news = {f"ag_news_csv/{split}.csv": csv(4) for split in ("train", "test")}
+lines = "".join(f'"{1 + k % 2}","review {k}"\\n' for k in range(20)).encode()
+yelp = {f"yelp_review_polarity_csv/{split}.csv": lines for split in ("train", "test")}
 archives = root / "archives"
 archives.mkdir()
 tfds = import_tfds()
@@ -54,6 +58,8 @@ from tensorflow_datasets.core.download.checksums import UrlInfo
 for name, file, files in (
     ("cifar10:3.0.2", "cifar-10-binary.tar.gz", cifar),
     ("imdb_reviews/plain_text:1.0.0", "aclImdb_v1.tar.gz", imdb),
+    ("ag_news_subset:1.0.0", "ag_news_csv.tar.gz", news),
+    ("yelp_polarity_reviews:0.2.0", "yelp_review_polarity_csv.tgz", yelp),
 ):
     archive, record = archives / file, archives / f"{file}.source.json"
     pack(archive, files)
@@ -77,7 +83,13 @@ for name, file, files in (
 
 preprocess.preprocess("image", {"max_length": 1024}, root, root / "image")
 preprocess.preprocess("text", {"max_length": 64}, root, root / "text")
+preprocess.preprocess("agnews", {"max_length": 64}, root, root / "agnews")
+preprocess.preprocess("yelp", {"max_length": 64}, root, root / "yelp")
 from lra.arrow import read_arrow
+for task, text in (("agnews", b"news 3"), ("yelp", b"review 3")):
+    rows = [r for b in read_arrow(root / task / "test.arrow") for r in b.to_pylist()]
+    label, = {r["label"] for r in rows if bytes(r["input_ids_0"]) == text}
+    assert label == (3 if task == "agnews" else 1)
 found = [
     row[0] for s in ("train", "dev")
     for b in read_arrow(root / "image" / f"{s}.arrow") for row in b["input_ids_0"].to_pylist()
@@ -92,7 +104,7 @@ def test_prepared_from_archives_that_are_here(tmp_path, tf_python):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     refusals = [line for line in done.stdout.splitlines() if line.startswith("refused:")]
-    assert len(refusals) == 2
+    assert len(refusals) == 4
     assert all("TFDS for" in line and "delete it and get it again" in line for line in refusals)
     manifest = json.loads((tmp_path / "image" / "manifest.json").read_text())
     rows = {split: facts["rows"] for split, facts in manifest["splits"].items()}
@@ -101,8 +113,14 @@ def test_prepared_from_archives_that_are_here(tmp_path, tf_python):
     manifest = json.loads((tmp_path / "text" / "manifest.json").read_text())
     rows = {split: facts["rows"] for split, facts in manifest["splits"].items()}
     assert rows == {"train": 18, "dev": 2, "test": 20}
+    for task, counts in (("agnews", [5] * 4), ("yelp", [10] * 2)):
+        facts = json.loads((tmp_path / task / "manifest.json").read_text())["splits"]
+        assert {split: about["rows"] for split, about in facts.items()} == {
+            "train": 18, "dev": 2, "test": 20,
+        }  # fmt: skip
+        assert list(facts["test"]["label_counts"].values()) == counts
     names = sorted(path.name for path in (tmp_path / "tfds").iterdir())
-    assert names == ["cifar10", "imdb_reviews"]
+    assert names == ["ag_news_subset", "cifar10", "imdb_reviews", "yelp_polarity_reviews"]
     assert not list((tmp_path / "tfds").rglob("*incomplete*"))
     assert tarfile.is_tarfile(tmp_path / "archives" / "cifar-10-binary.tar.gz")
 

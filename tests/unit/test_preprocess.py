@@ -4,10 +4,13 @@ import hashlib
 import io
 import json
 import os
+import random
+import resource
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from unittest import mock
 
 import extract
 import inspect_data
@@ -17,8 +20,9 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lra import encode, order, readers
+from lra import encode, order, readers, tfrecord
 from lra.arrow import read_arrow
+from lra.tfrecord import write_dataset
 from PIL import Image
 
 SCRIPTS = Path(preprocess.__file__).parent
@@ -50,7 +54,28 @@ def test_listops_decodes_to_what_was_encoded(rows):
 def test_text_decodes_to_what_was_encoded(texts, max_length):
     rows = encode.encode_text(texts, max_length).to_pylist()
     assert [encode.decode_text(row) for row in rows] == [text[:max_length] for text in texts]
-    assert all(1 <= index <= 256 for row in rows for index in row)
+
+
+@any_time
+@given(st.data())
+def test_both_ways_to_encode_listops_agree(data):
+    """Good lines with a few bytes exchanged, inserted or taken out: the quick way says the same or nothing."""
+    lines = bytearray(b"( ( [MIN 1 ) [SM 2 ) 3 ] ) ] )\t1\n( [MAX 4 ) [MED 0 ) ] ) ] )\t9\r\n")
+    for _ in range(data.draw(st.integers(0, 3))):
+        at = data.draw(st.integers(0, len(lines) - 1))
+        new = data.draw(
+            st.sampled_from([b"", b" ", *(bytes([b]) for b in b"()[]MINAXEDSZ09\t\r\n\x01\xc3")])
+        )
+        lines[at : at + data.draw(st.integers(0, 2))] = new
+    if not lines.endswith(b"\n"):
+        lines += b"\n"
+    brackets = data.draw(st.booleans())
+    quick = encode.encode_faultless_listops(bytes(lines), 7, brackets)
+    other = encode.encode_any_listops(bytes(lines), 7, brackets)
+    if quick is None:
+        assert other[3].any()
+    else:
+        assert [part.tolist() for part in quick] == [part.tolist() for part in other]
 
 
 def test_listops_ids_are_in_the_written_order():
@@ -145,9 +170,10 @@ import os, sys
 os.environ.update(CUDA_VISIBLE_DEVICES="", TF_CPP_MIN_LOG_LEVEL="3")
 import numpy as np, tensorflow as tf
 from lra.encode import to_gray
-colours = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), dtype=np.uint8)
-colours[0, :256] = np.arange(256)[:, None]
-assert (to_gray(colours) == tf.image.rgb_to_grayscale(colours).numpy()[..., 0]).all()
+colours = np.stack(np.broadcast_arrays(0, *np.ogrid[:256, :256]), 2).astype(np.uint8)
+for red in range(256):
+    colours[..., 0] = red
+    assert (to_gray(colours) == tf.image.rgb_to_grayscale(colours).numpy()[..., 0]).all()
 """
     subprocess.run(
         [tf_python, "-c", program], check=True, env=os.environ | {"PYTHONPATH": str(SCRIPTS)}
@@ -376,6 +402,33 @@ def test_retrieval_rows(tmp_path):
     assert (manifest["num_inputs"], manifest["vocab_size"]) == (2, 257)
 
 
+@pytest.mark.parametrize("size", [50, 1000, 1 << 20])
+def test_pairs_agree_with_a_plain_reading(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(readers, "READ_BYTES", size)
+    rng = random.Random(size)
+    lines = []
+    for _ in range(600):
+        fields = [rng.choice(["0", "1", "0.0", "1.0", "2", ""])]
+        for _ in range(rng.choice([0, 2, 3, 4, 4, 4, 4, 5])):
+            fields.append("".join(rng.choices('ab" \xe9\r', k=rng.randrange(300))))
+        lines.append("\t".join(fields).encode() + rng.choice([b"\n", b"\r\n"]))
+    path = tmp_path / "pairs.tsv"
+    path.write_bytes(b"".join(lines)[:-1])
+    expected = []
+    for line in path.read_bytes().split(b"\n"):
+        fields = line.removesuffix(b"\r").split(b"\t", 4)
+        if len(fields) == 5 and fields[0] in (b"0", b"1", b"0.0", b"1.0"):
+            expected.append((int(fields[0][:1]), fields[3][:100], fields[4][:100]))
+    refused = readers.Refused()
+    found = [
+        (row["label"], bytes(row["input_ids_0"]), bytes(row["input_ids_1"]))
+        for batch in readers.read_retrieval(path, 100, refused)
+        for row in batch.to_pylist()
+    ]
+    assert found == expected
+    assert refused.count == 600 - len(expected)
+
+
 def decode(ids: list[int]) -> bytes:
     return encode.decode_text(np.array(ids))
 
@@ -498,6 +551,207 @@ def test_cut_tar_is_refused(tmp_path):
         run(tmp_path, "pathfinder", 64, image_size=8)
 
 
+def make_pathfinder_tfds(run_data: Path, level: str = "hard") -> None:
+    """The images of make_pathfinder in the form of TFDS: by the md5 of their keys, one level a split."""
+    add_record(run_data, "pathfinder_tfds.gz", "released")
+    path = run_data / "raw" / "pathfinder" / f"{LEVEL}.tar"
+    examples = {}
+    with tarfile.open(path) as tar:
+        for folder in range(12):
+            lines = tar.extractfile(f"metadata/{folder}.npy").read().decode().splitlines()
+            for number, line in enumerate(lines, 1):
+                where, name, _, label = line.split()[:4]
+                data = tar.extractfile(f"{where}/{name}").read()
+                key = hashlib.md5(f"{level}{where}_{name}_{number}".encode()).hexdigest()
+                if data:
+                    examples[key] = {"image": data, "label": int(label)}
+    rows = [examples[key] for key in sorted(examples)]
+    write_dataset(run_data / "tfds/pathfinder32/1.0.0", {"easy": rows[:3], level: rows})
+
+
+@pytest.mark.parametrize("caps", [{}, {"train": 51, "dev": 5, "test": 7}])
+def test_both_forms_of_pathfinder_give_the_same_examples(tmp_path, caps):
+    make_pathfinder(tmp_path, changes={"imgs/3/sample_4.png": b""})
+    make_pathfinder_tfds(tmp_path)
+    manifest = run(tmp_path, "pathfinder", 64, caps, image_size=8)
+    assert sum(split["num_refused"] for split in manifest["splits"].values()) == 1
+    found = hashes(tmp_path / "pathfinder")
+    config = {"caps": caps, "max_length": 64, "options": {"image_size": 8}}
+    other = preprocess.preprocess(
+        "pathfinder", config | {"source": "pathfinder_tfds"}, tmp_path, tmp_path / "other"
+    )
+    for split in preprocess.SPLITS:
+        assert hashes(tmp_path / "other")[f"{split}.arrow"] == found[f"{split}.arrow"]
+        sizes = [manifest["splits"][split]["label_counts"] for manifest in (manifest, other)]
+        assert sizes[0] == sizes[1]
+    assert [source["file"] for source in other["sources"]] == ["pathfinder_tfds.gz"]
+    assert other["options"] == manifest["options"]
+
+
+def test_cap_of_images_takes_the_first_of_each_label_and_stops_there(tmp_path, monkeypatch):
+    make_pathfinder(tmp_path)
+    run(tmp_path, "pathfinder", 64, image_size=8)
+    full = [(r["label"], r["input_ids_0"]) for r in rows_of(tmp_path, "pathfinder", "train")]
+    decoded = []
+    real = readers.decode_pngs
+    monkeypatch.setattr(
+        readers, "decode_pngs", lambda files, side: decoded.extend(files) or real(files, side)
+    )
+    manifest = run(tmp_path, "pathfinder", 64, {"train": 31, "dev": 1, "test": 1}, image_size=8)
+    capped = [(r["label"], r["input_ids_0"]) for r in rows_of(tmp_path, "pathfinder", "train")]
+    assert len(capped) == 31 and len(decoded) == 33
+    counts = manifest["splits"]["train"]["label_counts"]
+    for label in (0, 1):
+        of_label = [row for row in full if row[0] == label]
+        assert [row for row in capped if row[0] == label] == of_label[: counts[str(label)]]
+        assert abs(counts[str(label)] - 31 * len(of_label) / len(full)) < 1
+
+
+def test_sizes_of_reads_do_not_matter_to_images(tmp_path, monkeypatch):
+    make_pathfinder(tmp_path)
+    make_pathfinder_tfds(tmp_path)
+    found = []
+    for size in (7, 2048):
+        monkeypatch.setattr(readers, "IMAGES_PER_READ", size)
+        monkeypatch.setattr(tfrecord, "READ_BYTES", size * 10)
+        for source in ("lra_release", "pathfinder_tfds"):
+            config = {"max_length": 64, "options": {"image_size": 8}, "source": source}
+            preprocess.preprocess("pathfinder", config, tmp_path, tmp_path / "pathfinder")
+            (tmp_path / "pathfinder" / "manifest.json").unlink()
+            found.append(hashes(tmp_path / "pathfinder"))
+    assert all(hashed == found[0] for hashed in found)
+
+
+TEXT_SETS = {
+    "text": ("imdb_reviews/plain_text/1.0.0", "aclImdb_v1.tar.gz", "text", 2),
+    "agnews": ("ag_news_subset/1.0.0", "ag_news_csv.tar.gz", "description", 4),
+    "yelp": ("yelp_polarity_reviews/0.2.0", "yelp_review_polarity_csv.tgz", "text", 2),
+}
+
+
+def make_texts(run_data: Path, task: str, reverse: bool = False) -> list[dict]:
+    """60 train and 20 test examples of a data set of texts; two of train have labels that are none."""
+    folder, file, feature, num_classes = TEXT_SETS[task]
+    add_record(run_data, file, "released")
+    rows = [
+        {feature: b"text \xff %d" % n, "title": b"title", "label": n % num_classes}
+        for n in range(80)
+    ]
+    rows[7]["label"], rows[9]["label"] = -1, num_classes
+    step = -1 if reverse else 1
+    write_dataset(run_data / "tfds" / folder, {"train": rows[:60][::step], "test": rows[60:]})
+    return rows
+
+
+@pytest.mark.parametrize("task", TEXT_SETS)
+def test_texts_of_tfds(tmp_path, task):
+    rows = make_texts(tmp_path, task)
+    manifest = run(tmp_path, task, 9)
+    folder, file, feature, num_classes = TEXT_SETS[task]
+    assert manifest["num_classes"] == num_classes and manifest["vocab_size"] == 257
+    assert manifest["sources"][0]["file"] == file
+    assert [manifest["splits"][s]["rows"] for s in preprocess.SPLITS] == [52, 6, 20]
+    name = f"{folder.split('/')[-2]} train"
+    refused = manifest["splits"]["train"]["refused"]
+    assert [(row["file"], row["line"]) for row in refused] == [(name, 8), (name, 10)]
+    found = [
+        (decode(row["input_ids_0"]), row["label"])
+        for split in preprocess.SPLITS
+        for row in rows_of(tmp_path, task, split)
+    ]
+    expected = [(row[feature][:9], row["label"]) for row in rows if 0 <= row["label"] < num_classes]
+    assert sorted(found) == sorted(expected)
+    lra = run(tmp_path, task, 9, dev_split="lra")
+    assert lra["splits"]["dev"]["sha256"] == lra["splits"]["test"]["sha256"]
+    assert lra["splits"]["train"]["rows"] == 58
+
+
+def test_capped_texts_are_the_same_in_any_order_of_records(tmp_path):
+    found = []
+    for reverse in (False, True):
+        run_data = tmp_path / str(reverse)
+        make_texts(run_data, "text", reverse)
+        run(run_data, "text", 64, {"train": 20})
+        found.append([sorted(map(str, rows_of(run_data, "text", s))) for s in preprocess.SPLITS])
+    assert found[0] == found[1]
+    assert [len(rows) for rows in found[0]] == [20, 6, 20]
+
+
+def test_pairs_of_the_mirror(tmp_path):
+    for name in ("train", "eval", "test"):
+        add_record(tmp_path, f"new_aan_pairs.{name}.tsv", "released")
+        (tmp_path / "archives" / f"new_aan_pairs.{name}.tsv").write_bytes(b"1\ta\tb\tone\ttwo\n")
+    config = {"max_length": 9, "source": "aan_mirror"}
+    manifest = preprocess.preprocess("retrieval", config, tmp_path, tmp_path / "retrieval")
+    assert len(manifest["sources"]) == 3
+    assert manifest["splits"]["dev"]["rows"] == 1
+    with pytest.raises(ValueError, match="source of retrieval is 'cifar10', expected one of"):
+        preprocess.preprocess("retrieval", config | {"source": "cifar10"}, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_order_of_rows_in_metadata_does_not_matter(tmp_path, seed):
+    make_pathfinder(tmp_path)
+    run(tmp_path, "pathfinder", 64, image_size=8)
+    before = hashes(tmp_path / "pathfinder")
+    changes = {}
+    with tarfile.open(tmp_path / "raw" / "pathfinder" / f"{LEVEL}.tar") as tar:
+        for folder in range(12):
+            lines = tar.extractfile(f"metadata/{folder}.npy").read().splitlines(keepends=True)
+            random.Random(seed).shuffle(lines)
+            changes[f"metadata/{folder}.npy"] = b"".join(lines)
+    make_pathfinder(tmp_path, changes=changes)
+    run(tmp_path, "pathfinder", 64, image_size=8)
+    assert hashes(tmp_path / "pathfinder") == before
+
+
+def test_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    make_listops(tmp_path)
+    run(tmp_path, "listops", 20)
+    before = hashes(tmp_path / "listops")
+
+    def full(path, *_):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(preprocess, "write_arrow", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path, "listops", 20)
+    assert hashes(tmp_path / "listops") == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["archives", "listops", "raw"]
+
+
+def test_write_that_fails_for_real_is_one_line_and_leaves_nothing(tmp_path):
+    """A limit on the size of files stands in for a full disk: writes of Arrow fail in the middle."""
+    make_listops(tmp_path)
+    config = json.dumps({"max_length": 20})
+    command = [sys.executable, SCRIPTS / "preprocess.py", "--task", "listops", "--config", config]
+    command += ["--run-data", tmp_path, "--output-dir", tmp_path / "listops"]
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["archives", "raw"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert (tmp_path / "listops" / "manifest.json").exists()
+
+
+@any_time
+@given(st.integers(0, 10**6), st.sampled_from([(0.8, 0.9), (0.9,)]))
+def test_parts_of_a_split_are_disjoint_and_complete(count, edges):
+    with mock.patch.object(readers, "count_examples", lambda *_: count):
+        shares = [0, *edges, 1]
+        parts = [
+            readers.edges_of(Path(), ("train", *pair))[1:]
+            for pair in zip(shares, shares[1:], strict=False)
+        ]
+    assert parts[0][0] == 0 and parts[-1][1] == count
+    assert all(left[1] == right[0] for left, right in zip(parts, parts[1:], strict=False))
+
+
 @pytest.mark.parametrize(
     ("task", "change", "message"),
     [
@@ -551,6 +805,24 @@ def test_inspection_decodes_an_example(tmp_path):
     assert "test: 3 rows, 0 refused" in report
     with pytest.raises(ValueError, match="rows 0 to 2, not 3"):
         inspect_data.inspect(tmp_path / "listops", "test", 3)
+
+
+def test_inspection_of_text_and_images(tmp_path):
+    rows = make_texts(tmp_path, "text")
+    run(tmp_path, "text", 64)
+    report = inspect_data.inspect(tmp_path / "text", "test", 0)
+    assert report.splitlines()[-1] == f"input_ids_0: {rows[60]['text'].decode(errors='replace')}"
+    with pytest.raises(ValueError, match="the task text has no images"):
+        inspect_data.inspect(tmp_path / "text", "test", 0, tmp_path / "x.png")
+    make_pathfinder(tmp_path)
+    run(tmp_path, "pathfinder", 64, image_size=8)
+    report = inspect_data.inspect(tmp_path / "pathfinder", "dev", 3)
+    assert len(report.splitlines()[-1]) == 16
+    assert "length, percentiles 0 25 50 75 100: [64, 64, 64, 64, 64]" in report
+    inspect_data.inspect(tmp_path / "pathfinder", "dev", 3, tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as image:
+        pixels = np.asarray(image)[::8, ::8].ravel().tolist()
+    assert pixels == rows_of(tmp_path, "pathfinder", "dev")[3]["input_ids_0"]
 
 
 def test_extraction_and_preprocessing_fit_together(tmp_path):

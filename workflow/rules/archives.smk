@@ -13,7 +13,7 @@ if config["data"] == "generated":
                 f"{ARCHIVES}/{{source}}.source.json",
                 source=["lra_release.gz", "imdb_reviews", "cifar10"],
             ),
-            tfds=[info for _, info in TFDS.values()],
+            tfds=[TFDS[task][1] for task in ("text", "image")],
         log:
             f"{RESULTS}/logs/demo_archives.log",
         benchmark:
@@ -85,6 +85,30 @@ else:
             shell:
                 "{params.python} {input.script} --builder {params.builder:q} --data-dir {params.folder} "
                 "--archive {input.archive} --record {input.record} > {log} 2>&1"
+
+    rule extract_pathfinder_tfds:
+        input:
+            script="workflow/scripts/extract.py",
+            modules="workflow/scripts/lra/files.py",
+            archive=f"{ARCHIVES}/{config['sources']['pathfinder_tfds']['file']}",
+        output:
+            info=PATHFINDER_TFDS,
+        log:
+            f"{RESULTS}/logs/extract_pathfinder_tfds.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/extract_pathfinder_tfds.tsv"
+        conda:
+            "../../envs/python.yaml"
+        threads: 1
+        resources:
+            mem_mb=1000,
+        params:
+            python=in_env("python"),
+            folder=lambda wildcards, output: str(Path(*Path(output.info).parts[:3])),
+            name="pathfinder32/1.0.0",
+        shell:
+            "{params.python} {input.script} --archive {input.archive} --output-dir {params.folder} "
+            "--tfds {params.name} > {log} 2>&1"
 
 
 rule extract:

@@ -9,9 +9,20 @@ RAW = {
     ),
     "pathfinder": [f"{DATA}/raw/pathfinder/{LEVEL}.tar"],
 }
+# What a task reads when it is not `lra_release`: the source (config/config.yaml, sources) and the files made from it.
 TFDS = {
     "text": ("imdb_reviews", f"{DATA}/tfds/imdb_reviews/plain_text/1.0.0/dataset_info.json"),
     "image": ("cifar10", f"{DATA}/tfds/cifar10/3.0.2/dataset_info.json"),
+    "agnews": ("ag_news_subset", f"{DATA}/tfds/ag_news_subset/1.0.0/dataset_info.json"),
+    "yelp": (
+        "yelp_polarity_reviews",
+        f"{DATA}/tfds/yelp_polarity_reviews/0.2.0/dataset_info.json",
+    ),
+}
+PATHFINDER_TFDS = f"{DATA}/tfds/pathfinder32/1.0.0/dataset_info.json"
+AAN_MIRROR = {
+    f"aan_mirror_{name}": f"{ARCHIVES}/new_aan_pairs.{name}.tsv"
+    for name in ("train", "eval", "test")
 }
 # Modules that the data scripts share; those that generate are the demo's alone.
 MODULES = sorted(str(path) for path in Path("workflow/scripts/lra").glob("*.py"))
@@ -20,8 +31,13 @@ READING = [path for path in MODULES if not Path(path).name.startswith("generate_
 
 # The record of every source: where it came from and its hash.
 if config["data"] == "generated":
-    RECORDS = {"lra_release": f"{ARCHIVES}/lra_release.gz.source.json"} | {
-        source: f"{ARCHIVES}/{source}.source.json" for source, _ in TFDS.values()
+    RECORDS = {
+        source: f"{ARCHIVES}/{file}.source.json"
+        for source, file in (
+            ("lra_release", "lra_release.gz"),
+            ("imdb_reviews", "imdb_reviews"),
+            ("cifar10", "cifar10"),
+        )
     }
 else:
     SOURCE_OF_FILE = {
@@ -87,7 +103,12 @@ def make_environments():
 
 
 def raw_files(wildcards):
-    """What the preprocessing of a task reads: its raw files or TFDS data set, and the record of the source."""
+    """What the preprocessing of a task reads: its raw files or TFDS data set, and the records of the source."""
+    source = config["read_from"].get(wildcards.task)
+    if source == "aan_mirror":
+        return [*AAN_MIRROR.values(), *(RECORDS[name] for name in AAN_MIRROR)]
+    if source == "pathfinder_tfds":
+        return [PATHFINDER_TFDS, RECORDS[source]]
     if wildcards.task in RAW:
         return [*RAW[wildcards.task], RECORDS["lra_release"]]
     source, info = TFDS[wildcards.task]

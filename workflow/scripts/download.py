@@ -5,7 +5,8 @@
 
 JSON: {"name", "file", "urls": [...], "sha256": hex|null, "bytes": int|null, "licence", "provenance"}.
 
-DIR/FILE, put there by hand, comes first; then what an earlier call left in .kept/ beside the output (a
+DIR/FILE, put there by hand, comes first, or the folder DIR/<FILE without its last suffix> into which the archive
+was unpacked (it is packed into a plain tar); then what an earlier call left in .kept/ beside the output (a
 hard link, for Snakemake deletes the output before it makes it anew), if its hash is still the expected
 one; then the URLs in order, through curl. A download that was cut goes on where it stopped: its bytes
 stay beside the output as FILE.<hash of the URL>.part. Where no sha256 is known, the first download's is
@@ -19,15 +20,25 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
-from lra.files import parse_json, read_json, run_script, sha256_file, write_json
+from lra.files import (
+    folder_members,
+    parse_json,
+    progress,
+    read_json,
+    run_script,
+    sha256_file,
+    write_json,
+)
 
 LEDGER = "checksums.json"
 KEPT = ".kept"
 KEYS = {"name", "file", "urls", "sha256", "bytes", "licence", "provenance"}
 NUM_ATTEMPTS = 5
+LOG_SECONDS = 15  # between lines about a download's progress where there is no terminal
 CUT = {18, 28, 52, 55, 56, 92}  # curl's codes for a connection that stopped midway
 CANNOT_RESUME = {33, 36}
 
@@ -54,6 +65,11 @@ def download(
         sha256 = checked_hash(by_hand, expected, whose)
         link_or_copy(by_hand, output)
         url = f"manual: {by_hand}"
+    elif by_hand and by_hand.with_suffix("").is_dir():
+        by_hand = by_hand.with_suffix("")
+        print(f"{source['name']}: packing {by_hand}", file=sys.stderr)
+        sha256 = pack_folder(source, by_hand, output, expected, whose)
+        url = f"manual: {by_hand}"
     elif (earlier := kept(output, expected)) is not None:
         url, sha256 = earlier
         print(f"{source['name']}: using the file of an earlier download", file=sys.stderr)
@@ -69,6 +85,32 @@ def download(
         description
         | {"url": url, "sha256": sha256, "bytes": output.stat().st_size, "data": "released"},
     )
+
+
+def pack_folder(source: dict, folder: Path, output: Path, expected: str | None, whose: str) -> str:
+    """Write the files of an unpacked archive as a plain tar; returns its sha256.
+
+    The same files give the same bytes. (One file is what the next steps read and what can be hashed.)
+    """
+    part = output.with_name(f".{output.name}.tmp")
+    block = tarfile.BLOCKSIZE
+    try:
+        needed = sum(block + info.size + -info.size % block for info, _ in folder_members(folder))
+        check_space(source | {"bytes": needed}, output, part)
+        with (
+            progress(source["name"], "files packed") as add,
+            tarfile.open(part, "w", format=tarfile.GNU_FORMAT) as tar,
+        ):
+            for info, path in folder_members(folder):
+                with open(path, "rb") as file:
+                    tar.addfile(info, file)
+                tar.members.clear()
+                add(1)
+        sha256 = checked_hash(part, expected, whose)
+        os.replace(part, output)
+    finally:
+        part.unlink(missing_ok=True)
+    return sha256
 
 
 def keep(output: Path, url: str) -> None:
@@ -173,11 +215,22 @@ def curl(url: str, part: Path) -> tuple[int, int, str]:
     command += ["--proto", "=http,https,file", "--proto-redir", "=http,https"]
     command += ["--progress-bar"] if terminal else ["--silent"]
     command += ["--write-out", "%{http_code} %{errormsg}", url]
-    result = subprocess.run(
+    process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=None if terminal else subprocess.DEVNULL, text=True
     )
-    status, _, message = result.stdout.partition(" ")
-    return result.returncode, int(status or 0), message.strip()
+    try:
+        while True:
+            try:
+                output, _ = process.communicate(timeout=LOG_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                if not terminal and part.exists():
+                    print(f"{part.name}: {part.stat().st_size:,} bytes", file=sys.stderr)
+    finally:
+        process.kill()
+        process.wait()
+    status, _, message = output.partition(" ")
+    return process.returncode, int(status or 0), message.strip()
 
 
 def checked_hash(path: Path, expected: str | None, whose: str) -> str:

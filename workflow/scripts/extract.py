@@ -2,10 +2,13 @@
 
     python extract.py --archive data/lra/archives/lra_release.gz --output-dir data/lra/raw \
         --level curv_contour_length_14
+    python extract.py --archive data/lra/archives/pathfinder_tfds.gz --output-dir data/lra/tfds \
+        --tfds pathfinder32/1.0.0
 
-Writes listops/basic_{train,val,test}.tsv, retrieval/new_aan_pairs.{train,eval,test}.tsv and
+The first writes listops/basic_{train,val,test}.tsv, retrieval/new_aan_pairs.{train,eval,test}.tsv and
 pathfinder/<level>.tar: the level's images and metadata stay packed in a plain tar, because 200,000 small
-files are slow to make and slow to delete. Gzip is recognised by content. Where the archive holds a member
+files are slow to make and slow to delete. The second writes the folder of a TFDS data set. The archive is a tar,
+gzipped or not (recognised by content), or a folder into which one was unpacked. Where the archive holds a member
 twice, the copy in the deepest folder counts (the release repeats some folders, partly broken, one level
 up). Needs nothing but Python; gunzips in a process of its own where pigz or gzip exists.
 """
@@ -17,19 +20,16 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
-import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from lra.files import run_script, scratch_folder
+from lra.files import folder_members, progress, run_script, scratch_folder
 
 LISTOPS = tuple(f"listops/basic_{split}.tsv" for split in ("train", "val", "test"))
 RETRIEVAL = tuple(f"retrieval/new_aan_pairs.{split}.tsv" for split in ("train", "eval", "test"))
 CHUNK = 1 << 20
-PROGRESS_SECONDS = 15
 AGAIN = "Delete it and get it again"
 
 
@@ -53,6 +53,31 @@ def extract(archive: Path, output_dir: Path, level: str) -> None:
             os.replace(scratch / name, output_dir / name)
 
 
+def extract_tfds(archive: Path, output_dir: Path, name: str) -> None:
+    """Write the folder `name` (data set/version) of an archive below `output_dir`; errors as in `extract`."""
+    pattern = re.compile(rf"(?P<root>(?:.*/)?){re.escape(name)}/(?P<file>\w[\w.-]*)")
+    depths: dict[str, int] = {}
+    with scratch_folder(output_dir / f".{name.split('/')[0]}.tmp") as scratch:
+        for info, stream in members(archive):
+            match = pattern.fullmatch(check_name(archive, info))
+            if not match or info.isdir():
+                continue
+            check_plain(archive, info)
+            depth = match["root"].count("/")
+            if depth >= depths.get(match["file"], -1):
+                depths[match["file"]] = depth
+                with open(scratch / match["file"], "wb") as file:
+                    copy_bytes(archive, info, stream, file)
+        if "dataset_info.json" not in depths:
+            raise ValueError(
+                f"{archive} has no member {name}/dataset_info.json: it is not the TFDS form of Pathfinder"
+            )
+        folder = output_dir / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(scratch, folder)
+
+
 def copy_members(archive: Path, scratch: Path, level: str) -> None:
     """Copy the wanted members of the archive to `scratch`, the deepest copy of each."""
     pattern = re.compile(
@@ -70,8 +95,7 @@ def copy_members(archive: Path, scratch: Path, level: str) -> None:
             match = pattern.fullmatch(check_name(archive, info))
             if not match:
                 continue
-            if not info.isreg() or info.issparse():
-                raise ValueError(f"{archive}: {info.name} is no plain file (a link, for example)")
+            check_plain(archive, info)
             family = match.lastgroup
             name = match[family]
             path = tar_path if family == "pathfinder" else scratch / family / name
@@ -123,6 +147,11 @@ def copy_bytes(archive: Path, info: tarfile.TarInfo, stream: BinaryIO, file: Bin
         remaining -= len(chunk)
 
 
+def check_plain(archive: Path, info: tarfile.TarInfo) -> None:
+    if not info.isreg() or info.issparse():
+        raise ValueError(f"{archive}: {info.name} is no plain file (a link, for example)")
+
+
 def check_name(archive: Path, info: tarfile.TarInfo) -> str:
     """The member's name without leading './'; ValueError when it, or a link, leads out of the archive."""
     name = PurePosixPath(info.name)
@@ -145,24 +174,29 @@ def check_name(archive: Path, info: tarfile.TarInfo) -> str:
 
 
 def members(archive: Path) -> Iterator[tuple[tarfile.TarInfo, BinaryIO]]:
-    """Each member of a tar, gzipped or not, with the stream at its first byte.
+    """Each member of a tar, gzipped or not, or each file of a folder, with the stream at its first byte.
 
     Reads the archive once, front to back, keeps no list of members, and goes on to the last byte, so
     that gzip's checksum of the whole is verified. ValueError when the archive is cut or corrupt.
     """
-    num_members, reported = 0, time.monotonic()
+    with progress(archive.name, "members read") as add:
+        for member in folder_files(archive) if archive.is_dir() else tar_members(archive):
+            add(1)
+            yield member
+
+
+def folder_files(folder: Path) -> Iterator[tuple[tarfile.TarInfo, BinaryIO]]:
+    for info, path in folder_members(folder):
+        with open(path, "rb") as file:
+            yield info, file
+
+
+def tar_members(archive: Path) -> Iterator[tuple[tarfile.TarInfo, BinaryIO]]:
     with open_stream(archive) as stream:
         try:
             with tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK) as tar:
                 info = tar.next()
                 while info:
-                    num_members += 1
-                    if time.monotonic() - reported > PROGRESS_SECONDS:
-                        reported = time.monotonic()
-                        print(
-                            f"{archive.name}: {num_members:,} members, {tar.offset / 1e9:.1f} GB",
-                            file=sys.stderr,
-                        )
                     yield info, tar.fileobj
                     tar.fileobj.seek(tar.offset)
                     try:
@@ -175,7 +209,6 @@ def members(archive: Path) -> Iterator[tuple[tarfile.TarInfo, BinaryIO]]:
                 pass
         except (tarfile.TarError, EOFError, gzip.BadGzipFile) as error:
             raise ValueError(f"{archive} is cut or corrupt: {error}. {AGAIN}") from None
-    print(f"{archive.name}: {num_members:,} members read", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -212,13 +245,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--archive", required=True, type=Path, help="lra_release.gz")
-    parser.add_argument("--output-dir", required=True, type=Path, help="data/<run>/raw")
+    parser.add_argument("--archive", required=True, type=Path, help="archive or folder")
     parser.add_argument(
-        "--level", required=True, help="Pathfinder level, e.g. curv_contour_length_14"
+        "--output-dir", required=True, type=Path, help="data/<run>/raw or data/<run>/tfds"
     )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--level", help="Pathfinder level, e.g. curv_contour_length_14")
+    what.add_argument("--tfds", help="TFDS data set, e.g. pathfinder32/1.0.0")
     args = parser.parse_args()
-    extract(args.archive, args.output_dir, args.level)
+    if args.tfds:
+        extract_tfds(args.archive, args.output_dir, args.tfds)
+    else:
+        extract(args.archive, args.output_dir, args.level)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Show what preprocessing made of a task: rows, labels, lengths and one example, decoded.
 
-python inspect_data.py data/lra/listops [--split train] [--row 0]
+    python inspect_data.py data/lra/listops [--split train] [--row 0] [--png FILE]
+
+--png writes the example's image, eight times enlarged; without it an image is printed in shades of characters.
 """
 
 import argparse
@@ -16,8 +18,8 @@ SPLITS = ("train", "dev", "test")
 SHADES = " .:-=+*#%@"
 
 
-def inspect(folder: Path, split: str, row: int) -> str:
-    """A report of some twenty lines; ValueError when there is no such row."""
+def inspect(folder: Path, split: str, row: int, png: Path | None = None) -> str:
+    """A report of some twenty lines; ValueError when there is no such row, or `png` but no image."""
     manifest = read_json(folder / "manifest.json")
     facts = manifest["splits"]
     lines = [f"{manifest['task']} ({manifest['data']}), options {manifest['options']}"]
@@ -39,8 +41,12 @@ def inspect(folder: Path, split: str, row: int) -> str:
     example = find_row(folder / facts[split]["file"], row)
     lines.append(f"{split}, row {row}, label {example['label'][0].as_py()}:")
     for name in input_columns(example.schema):
-        ids = np.array(example[name][0].as_py())
-        lines.append(f"{name}: {decode(ids, manifest)}")
+        values = np.array(example[name][0].as_py(), np.uint8)
+        if png:
+            write_png(values, manifest, png)
+            lines.append(f"{name}: {png}")
+        else:
+            lines.append(f"{name}: {decode(values, manifest)}")
     return "\n".join(lines)
 
 
@@ -63,15 +69,30 @@ def find_row(path: Path, row: int) -> pa.RecordBatch:
     raise ValueError(f"{path} has fewer rows than its manifest says: make it again")
 
 
-def decode(ids: np.ndarray, manifest: dict) -> str:
-    """Text, symbols, or an image in shades of characters."""
+def decode(values: np.ndarray, manifest: dict) -> str:
+    """Text, symbols, or an image in shades of characters, from a row's values in the Arrow file."""
     if manifest["task"] == "listops":
-        return decode_listops(ids)
+        return decode_listops(values)
     if manifest["input_type"] == "text":
-        return decode_text(ids).decode(errors="replace")
-    side = round(len(ids) ** 0.5)
-    shades = np.array(list(SHADES))[ids * len(SHADES) // 256]
-    return "\n" + "\n".join("".join(np.repeat(line, 2)) for line in shades.reshape(side, side))
+        return decode_text(values).decode(errors="replace")
+    shades = np.array(list(SHADES))[values.astype(int) * len(SHADES) // 256]
+    return "\n" + "\n".join("".join(np.repeat(line, 2)) for line in square(shades))
+
+
+def write_png(values: np.ndarray, manifest: dict, path: Path) -> None:
+    """The image of a row, each pixel eight by eight."""
+    if manifest["input_type"] != "image":
+        raise ValueError(f"--png: the task {manifest['task']} has no images")
+    from PIL import Image
+
+    pixels = square(values).repeat(8, 0).repeat(8, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, format="PNG")
+
+
+def square(values: np.ndarray) -> np.ndarray:
+    side = round(len(values) ** 0.5)
+    return values.reshape(side, side)
 
 
 def main() -> None:
@@ -81,8 +102,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="data/<run>/<task>")
     parser.add_argument("--split", default="train", choices=SPLITS)
     parser.add_argument("--row", type=int, default=0)
+    parser.add_argument("--png", type=Path, help="file for the image of the example")
     args = parser.parse_args()
-    print(inspect(args.folder, args.split, args.row))
+    print(inspect(args.folder, args.split, args.row, args.png))
 
 
 if __name__ == "__main__":

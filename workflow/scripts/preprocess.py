@@ -2,48 +2,79 @@
 
     python preprocess.py --task listops --config JSON --run-data data/lra --output-dir data/lra/listops
 
-JSON: {"task", "caps": {"train": int|null, "dev": ..., "test": ...}, "max_length": int, "options": {...}}.
-Options: text {"dev_split": "holdout"|"lra"}, listops {"brackets": bool}, pathfinder {"level", "image_size"}.
+JSON: {"task", "caps": {"train": int|null, "dev": ..., "test": ...}, "max_length": int, "options": {...},
+"source": str}. Options: text, agnews, yelp {"dev_split": "holdout"|"lra"}, listops {"brackets": bool},
+pathfinder {"level", "image_size"}. Source: where a task can be read from two places, which one (SOURCES).
 
 Rows that cannot be used are left out, counted and listed in the manifest. The same input gives the same
 bytes on every machine and in every process. All files of a task appear at once, the manifest last.
+
+A cap leaves each label its share. Texts are chosen by their content, the same ones in whatever order the files
+hold them; images by their place in the order of TFDS, which their keys decide (lra/readers.py).
 """
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 from lra import readers
-from lra.arrow import describe, keep_rows, replace_by_rows, row_keys, write_arrow
-from lra.encode import SYMBOLS
-from lra.files import parse_json, read_json, run_script, scratch_folder, write_json
+from lra.arrow import keep_rows, row_keys, write_arrow
+from lra.encode import ID_OFFSET, SYMBOLS
+from lra.files import (
+    parse_json,
+    progress,
+    read_json,
+    run_script,
+    scratch_folder,
+    sha256_file,
+    write_json,
+)
 from lra.order import choose_capped, choose_holdout
 from lra.readers import PATHFINDER_SALTS, PathfinderLevel, Refused
 
 SPLITS = ("train", "dev", "test")
-ALIASES = {"cifar10": "image"}
+ALIASES = {"cifar10": "image", "news1": "agnews", "yelp1": "yelp"}
 HOLDOUT_SHARE = 0.1
-# TFDS data set, and the records of its archive: as downloaded or as generated.
-TFDS_FOLDERS = {"text": "imdb_reviews/plain_text/1.0.0", "image": "cifar10/3.0.2"}
-RECORDS = {
-    "text": ("aclImdb_v1.tar.gz", "imdb_reviews"),
-    "image": ("cifar-10-binary.tar.gz", "cifar10"),
+# By source: the tasks that can be read from it (a task's first source is its default), and the records of its
+# archives: all of one of these groups (the archive as downloaded, or as demo_archives.py names it).
+SOURCES = {
+    "lra_release": (("listops", "retrieval", "pathfinder"), [("lra_release.gz",)]),
+    "aan_mirror": (
+        ("retrieval",),
+        [tuple(f"new_aan_pairs.{split}.tsv" for split in ("train", "eval", "test"))],
+    ),
+    "pathfinder_tfds": (("pathfinder",), [("pathfinder_tfds.gz",)]),
+    "imdb_reviews": (("text",), [("aclImdb_v1.tar.gz",), ("imdb_reviews",)]),
+    "cifar10": (("image",), [("cifar-10-binary.tar.gz",), ("cifar10",)]),
+    "ag_news_subset": (("agnews",), [("ag_news_csv.tar.gz",)]),
+    "yelp_polarity_reviews": (("yelp",), [("yelp_review_polarity_csv.tgz",)]),
 }
-LRA_RECORD = ("lra_release.gz",)
+TFDS_FOLDERS = {
+    "imdb_reviews": "imdb_reviews/plain_text/1.0.0",
+    "cifar10": "cifar10/3.0.2",
+    "pathfinder_tfds": "pathfinder32/1.0.0",
+    "ag_news_subset": "ag_news_subset/1.0.0",
+    "yelp_polarity_reviews": "yelp_polarity_reviews/0.2.0",
+}
+TEXT_FEATURES = {"text": "text", "agnews": "description", "yelp": "text"}
 
-BYTES = pa.list_(pa.uint16())
+BYTES = pa.list_(pa.uint8())
 TASKS = {
     "listops": {"input_type": "text", "num_classes": 10, "vocab_size": len(SYMBOLS) + 1},
     "text": {"input_type": "text", "num_classes": 2, "vocab_size": 257},
     "retrieval": {"input_type": "text", "num_classes": 2, "vocab_size": 257},
+    "agnews": {"input_type": "text", "num_classes": 4, "vocab_size": 257},
+    "yelp": {"input_type": "text", "num_classes": 2, "vocab_size": 257},
     "image": {"input_type": "image", "num_classes": 10, "vocab_size": 256},
     "pathfinder": {"input_type": "image", "num_classes": 2, "vocab_size": 256},
 }
 OPTIONS = {
     "listops": {"brackets": True},
     "text": {"dev_split": "holdout"},
+    "agnews": {"dev_split": "holdout"},
+    "yelp": {"dev_split": "holdout"},
     "retrieval": {},
     "image": {},
     "pathfinder": {"level": "curv_contour_length_14", "image_size": 32},
@@ -62,24 +93,28 @@ def preprocess(task: str, config: dict, run_data: Path, output_dir: Path) -> dic
 
     ValueError, and nothing written, when a source is missing, an option is unknown or a split is empty.
     """
-    options, caps, max_length = checked_config(task, config)
-    sources = source_records(task, run_data)
+    options, caps, max_length, source = checked_config(task, config)
+    sources = source_records(source, run_data)
     schema = schema_of(task, max_length)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(output_dir.parent / f".{output_dir.name}.tmp") as scratch:
         paths = {split: scratch / f"{split}.arrow" for split in SPLITS}
-        batches, refused = open_task(task, options, max_length, run_data)
+        batches, refused = open_task(task, source, options, caps, max_length, run_data)
+        num_classes = TASKS[task]["num_classes"]
+        facts = {}
         for split, rows in batches.items():
-            write_arrow(paths[split], schema, rows)
+            with progress(f"{task} {split}", "rows") as add:
+                facts[split] = write_arrow(paths[split], schema, counted(rows, add), num_classes)
         if "dev" not in batches:
             keys = row_keys(paths["train"], "holdout")[1]
             chosen = choose_holdout(keys, HOLDOUT_SHARE)
-            keep_rows(paths["train"], chosen, paths["dev"])
-            replace_by_rows(paths["train"], ~chosen)
+            for split, keep in (("dev", chosen), ("train", ~chosen)):
+                facts[split] = keep_rows(paths["train"], keep, paths[split], num_classes)
         for split in SPLITS:
-            if caps[split] is not None:
+            if caps[split] is not None and TASKS[task]["input_type"] == "text":
                 labels, keys = row_keys(paths[split], "cap")
-                replace_by_rows(paths[split], choose_capped(labels, keys, caps[split]))
+                keep = choose_capped(labels, keys, caps[split])
+                facts[split] = keep_rows(paths[split], keep, paths[split], num_classes)
         manifest = {
             "schema_version": 1,
             "task": task,
@@ -88,11 +123,19 @@ def preprocess(task: str, config: dict, run_data: Path, output_dir: Path) -> dic
             "num_inputs": len(schema.names) - 1,
             "max_length": max_length,
             "padding_id": 0 if TASKS[task]["input_type"] == "text" else None,
+            # What to add to the values of an Arrow file to get ids.
+            "id_offset": ID_OFFSET if TASKS[task]["vocab_size"] == 257 else 0,
             "options": options,
             "caps": caps,
             "splits": {
-                split: describe(paths[split], TASKS[task]["num_classes"])
-                | {"refused": refused[split].first, "num_refused": refused[split].count}
+                split: facts[split]
+                | {
+                    "file": paths[split].name,
+                    "sha256": sha256_file(paths[split]),
+                    "bytes": paths[split].stat().st_size,
+                    "refused": refused[split].first,
+                    "num_refused": refused[split].count,
+                }
                 for split in SPLITS
             },
             "sources": sources,
@@ -115,8 +158,17 @@ def preprocess(task: str, config: dict, run_data: Path, output_dir: Path) -> dic
     return manifest
 
 
-def checked_config(task: str, config: dict) -> tuple[dict, dict, int]:
-    """Options with their defaults, caps of all splits and the length; ValueError names a wrong key."""
+def counted(
+    batches: Iterable[pa.RecordBatch], add: Callable[[int], None]
+) -> Iterator[pa.RecordBatch]:
+    """The same batches; `add` is called with the number of rows of each."""
+    for batch in batches:
+        add(batch.num_rows)
+        yield batch
+
+
+def checked_config(task: str, config: dict) -> tuple[dict, dict, int, str]:
+    """Options with their defaults, caps of all splits, length and source; ValueError names a wrong key."""
     if config.get("task", task) != task:
         raise ValueError(f"--config is of task {config['task']!r}, --task says {task!r}")
     options = config.get("options") or {}
@@ -139,33 +191,42 @@ def checked_config(task: str, config: dict) -> tuple[dict, dict, int]:
         raise ValueError(
             f"{task}: max_length is {max_length}, but images of {side}x{side} have {side**2} pixels"
         )
-    return options, caps, max_length
+    sources = [name for name, (tasks, _) in SOURCES.items() if task in tasks]
+    source = config.get("source", sources[0])
+    if source not in sources:
+        raise ValueError(f"source of {task} is {source!r}, expected one of {sources}")
+    return options, caps, max_length, source
 
 
 def schema_of(task: str, max_length: int) -> pa.Schema:
     """Columns of the task's Arrow files."""
+    pixels = pa.list_(pa.uint8(), max_length)
     inputs = {
         "listops": [pa.list_(pa.uint8())],
-        "text": [BYTES],
         "retrieval": [BYTES, BYTES],
-    }.get(task, [pa.list_(pa.uint8(), max_length)])
+        "image": [pixels],
+        "pathfinder": [pixels],
+    }.get(task, [BYTES])
     fields = [(f"input_ids_{index}", kind) for index, kind in enumerate(inputs)]
     return pa.schema([*fields, ("label", pa.uint8())])
 
 
-def source_records(task: str, run_data: Path) -> list[dict]:
-    """The record of the task's archive, less what differs between machines (address, folder)."""
-    names = RECORDS.get(task, LRA_RECORD)
-    paths = [run_data / "archives" / f"{name}.source.json" for name in names]
-    for path in paths:
-        if path.exists():
-            record = read_json(path)
-            return [{key: value for key, value in record.items() if key != "url"}]
-    raise ValueError(f"{paths[0]} is missing: download.py or demo_archives.py makes it")
+def source_records(source: str, run_data: Path) -> list[dict]:
+    """The records of a source's archives, less what differs between machines (address, folder)."""
+    _, groups = SOURCES[source]
+    for names in groups:
+        paths = [run_data / "archives" / f"{name}.source.json" for name in names]
+        if all(path.exists() for path in paths):
+            records = map(read_json, paths)
+            return [{k: v for k, v in record.items() if k != "url"} for record in records]
+    raise ValueError(
+        f"{run_data / 'archives' / groups[0][0]}.source.json is missing: download.py or "
+        "demo_archives.py makes it"
+    )
 
 
 def open_task(
-    task: str, options: dict, max_length: int, run_data: Path
+    task: str, source: str, options: dict, caps: dict, max_length: int, run_data: Path
 ) -> tuple[Batches, dict[str, Refused]]:
     """Batches of each split that the task's source has, and where its refused rows are noted."""
     refused = {split: Refused() for split in SPLITS}
@@ -180,30 +241,38 @@ def open_task(
         }
     elif task == "retrieval":
         names = {"train": "train", "dev": "eval", "test": "test"}
+        folder = raw / "retrieval" if source == "lra_release" else run_data / "archives"
         batches = {
             split: readers.read_retrieval(
-                raw / f"retrieval/new_aan_pairs.{name}.tsv", max_length, refused[split]
+                folder / f"new_aan_pairs.{name}.tsv", max_length, refused[split]
             )
             for split, name in names.items()
         }
-    elif task == "pathfinder":
+    elif source == "lra_release":
         level = options["level"]
         data = PathfinderLevel(raw / f"pathfinder/{level}.tar", level, PATHFINDER_SALTS[level])
         refused = data.refused
-        batches = {split: data.read(split, options["image_size"]) for split in SPLITS}
+        batches = {split: data.read(split, options["image_size"], caps[split]) for split in SPLITS}
     else:
-        folder = run_data / "tfds" / TFDS_FOLDERS[task]
+        folder = run_data / "tfds" / TFDS_FOLDERS[source]
+        parts = {"train": ("train", 0, 1), "test": ("test", 0, 1)}
         if task == "image":
-            names = {"train": "train[:90%]", "dev": "train[90%:]", "test": "test"}
-        else:
-            names = {"train": "train", "test": "test"}
-            if options["dev_split"] == "lra":
-                names["dev"] = "test"
+            parts |= {"train": ("train", 0, 0.9), "dev": ("train", 0.9, 1)}
+        elif task == "pathfinder":
+            name = PATHFINDER_SALTS[options["level"]]
+            parts = {"train": (name, 0, 0.8), "dev": (name, 0.8, 0.9), "test": (name, 0.9, 1)}
+        elif options["dev_split"] == "lra":
+            parts["dev"] = parts["test"]
+        num_classes = TASKS[task]["num_classes"]
         batches = {
-            split: readers.read_image(folder, name, refused[split])
-            if task == "image"
-            else readers.read_text(folder, name, max_length, refused[split])
-            for split, name in names.items()
+            split: readers.read_tfds_images(
+                folder, part, round(max_length**0.5), num_classes, caps[split], refused[split]
+            )
+            if task in ("image", "pathfinder")
+            else readers.read_tfds_text(
+                folder, part, TEXT_FEATURES[task], num_classes, max_length, refused[split]
+            )
+            for split, part in parts.items()
         }
     return batches, refused
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from .files import sha256_file
 from .order import content_key
 
 # Every file is cut into batches of this many rows, however its rows arrived: the bytes then do not
@@ -20,6 +19,9 @@ def rebatch(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     pending: list[pa.RecordBatch] = []
     num_rows = 0
     for batch in batches:
+        if not pending and batch.num_rows == ROWS_PER_BATCH:
+            yield batch
+            continue
         pending.append(batch)
         num_rows += batch.num_rows
         if num_rows >= ROWS_PER_BATCH:
@@ -36,6 +38,10 @@ def tight(batch: pa.RecordBatch) -> pa.RecordBatch:
     """The same batch in buffers of exactly its size: Arrow would write what lies behind a slice too."""
     columns = []
     for column in batch.columns:
+        buffers = [buffer for buffer in column.buffers() if buffer is not None]
+        if column.nbytes == sum(buffer.size for buffer in buffers):
+            columns.append(column)
+            continue
         if not pa.types.is_nested(column.type):
             columns.append(pa.array(column.to_numpy().copy()))
             continue
@@ -48,14 +54,29 @@ def tight(batch: pa.RecordBatch) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=batch.schema)
 
 
-def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
-    """Write an Arrow IPC file; returns its number of rows."""
-    num_rows = 0
+def write_arrow(
+    path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], num_classes: int
+) -> dict:
+    """Write an Arrow IPC file; returns its rows, label counts and lengths, for the manifest."""
+    counts = np.zeros(num_classes, np.int64)
+    num_rows, shortest, longest, total, num_inputs = 0, None, 0, 0, 0
     with pa.ipc.new_file(path, schema) as writer:
         for batch in rebatch(batches):
             writer.write_batch(tight(batch))
             num_rows += batch.num_rows
-    return num_rows
+            counts += np.bincount(batch["label"].to_numpy(), minlength=num_classes)
+            for name in input_columns(schema):
+                lengths = np.diff(values_and_offsets(batch[name])[1])
+                least = int(lengths.min())
+                shortest = least if shortest is None else min(shortest, least)
+                longest = max(longest, int(lengths.max()))
+                total += int(lengths.sum())
+                num_inputs += len(lengths)
+    return {
+        "rows": num_rows,
+        "label_counts": {str(label): int(count) for label, count in enumerate(counts)},
+        "length": {"min": shortest, "max": longest, "mean": total / max(num_inputs, 1)},
+    }
 
 
 def read_arrow(path: Path) -> Iterator[pa.RecordBatch]:
@@ -94,8 +115,11 @@ def pairs(offsets: np.ndarray) -> Iterable[tuple[int, int]]:
     return zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
 
 
-def keep_rows(path: Path, keep: np.ndarray, output: Path) -> None:
-    """Write the rows of `path` where `keep` (bool [rows]) holds to `output`, in their order."""
+def keep_rows(path: Path, keep: np.ndarray, output: Path, num_classes: int) -> dict:
+    """Write the rows of `path` where `keep` (bool [rows]) holds to `output`, in their order.
+
+    Returns what write_arrow does. `output` may be `path` itself.
+    """
 
     def kept() -> Iterator[pa.RecordBatch]:
         start = 0
@@ -105,39 +129,11 @@ def keep_rows(path: Path, keep: np.ndarray, output: Path) -> None:
 
     with pa.OSFile(str(path)) as file:
         schema = pa.ipc.open_file(file).schema
-    write_arrow(output, schema, kept())
-
-
-def replace_by_rows(path: Path, keep: np.ndarray) -> None:
-    """Keep only some rows of `path` itself."""
-    kept = path.with_name(f"{path.name}.kept")
-    keep_rows(path, keep, kept)
-    os.replace(kept, path)
+    temporary = output.with_name(f"{output.name}.kept")
+    facts = write_arrow(temporary, schema, kept(), num_classes)
+    os.replace(temporary, output)
+    return facts
 
 
 def input_columns(schema: pa.Schema) -> list[str]:
     return [name for name in schema.names if name.startswith("input_ids_")]
-
-
-def describe(path: Path, num_classes: int) -> dict:
-    """Rows, hash, label counts and lengths of a file, for the manifest."""
-    counts = np.zeros(num_classes, np.int64)
-    num_rows, shortest, longest, total, num_inputs = 0, None, 0, 0, 0
-    for batch in read_arrow(path):
-        num_rows += batch.num_rows
-        counts += np.bincount(batch["label"].to_numpy(), minlength=num_classes)
-        for name in input_columns(batch.schema):
-            lengths = np.diff(values_and_offsets(batch[name])[1])
-            least = int(lengths.min())
-            shortest = least if shortest is None else min(shortest, least)
-            longest = max(longest, int(lengths.max()))
-            total += int(lengths.sum())
-            num_inputs += len(lengths)
-    return {
-        "file": path.name,
-        "rows": num_rows,
-        "sha256": sha256_file(path),
-        "bytes": path.stat().st_size,
-        "label_counts": {str(label): int(count) for label, count in enumerate(counts)},
-        "length": {"min": shortest, "max": longest, "mean": total / max(num_inputs, 1)},
-    }

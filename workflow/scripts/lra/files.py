@@ -10,6 +10,8 @@ import os
 import shutil
 import signal
 import sys
+import tarfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -61,6 +63,13 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path} is not JSON ({error}): delete it and make it again") from None
 
 
+def require(path: Path, step: str) -> Path:
+    """The path, if it exists; ValueError says which step makes it."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing: {step} makes it")
+    return path
+
+
 @contextlib.contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
     """An empty folder at `path` that is gone afterwards, whatever happens.
@@ -73,3 +82,43 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def folder_members(folder: Path) -> Iterator[tuple[tarfile.TarInfo, Path]]:
+    """The files below a folder as the members of a tar, sorted by name, free of dates and owners."""
+    for root, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        for name in sorted(files):
+            path = Path(root, name)
+            info = tarfile.TarInfo((Path(folder.name) / path.relative_to(folder)).as_posix())
+            info.size = path.stat().st_size
+            yield info, path
+
+
+@contextlib.contextmanager
+def progress(name: str, unit: str) -> Iterator[Callable[[int], None]]:
+    """A function to call with every few things done: it says on stderr how many there are by now.
+
+    On a terminal one line renews itself; a log gets a line every 15 seconds, and one at the end.
+    """
+    terminal = sys.stderr.isatty()
+    total, reported = 0, time.monotonic()
+
+    def show(end: str) -> None:
+        start = "\r" if terminal else ""
+        print(f"{start}{name}: {total:,} {unit}", end=end, file=sys.stderr, flush=True)
+
+    def add(count: int) -> None:
+        nonlocal total, reported
+        total += count
+        if time.monotonic() - reported > (0.2 if terminal else 15):
+            reported = time.monotonic()
+            show("" if terminal else "\n")
+
+    try:
+        yield add
+    except BaseException:
+        if terminal:
+            print(file=sys.stderr)  # the message of the error gets a line of its own
+        raise
+    show("\n")

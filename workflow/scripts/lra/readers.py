@@ -1,14 +1,19 @@
 """Readers of the five tasks' raw files: batches of encoded rows, in bounded memory.
 
 A reader yields Arrow record batches with the columns input_ids_0 (retrieval: and input_ids_1) and label,
-and notes what it refuses. Only the two tasks that TFDS packs (text, image) import TensorFlow.
+and notes what it refuses. None needs TensorFlow.
+
+Caps. Images come in the order of TFDS, which md5 of their keys decides: a cap takes the first rows of each
+label, the labels being known before any image is decoded, and reading stops at the last one taken. What a text
+is chosen by is its content, so every row has to be seen: those caps are applied afterwards (preprocess.py).
 """
 
-import io
+import itertools
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +24,16 @@ from .encode import (
     encode_images,
     encode_listops,
     encode_text,
-    to_gray,
     to_lists,
 )
-from .order import tfds_order
-from .tfds_folder import import_tfds
+from .files import require
+from .order import choose_capped, tfds_order
+from .png import decode_pngs
+from .tfrecord import Example, count_examples, read_examples
 
 READ_BYTES = 1 << 20
 ROWS_PER_READ = 1024
+IMAGES_PER_READ = 4000
 MAX_NOTED = 20
 
 # The splits of LRA's own TFDS form of Pathfinder; their names are the salt of the order.
@@ -35,6 +42,12 @@ PATHFINDER_SALTS = {
     "curv_contour_length_9": "intermediate",
     "curv_contour_length_14": "hard",
 }
+
+
+IMAGE = re.compile(r"imgs/(\d{1,9})/sample_(\d{1,9})\.png")
+PACKED_IMAGE = re.compile(IMAGE.pattern.encode())
+PACKED_METADATA = re.compile(rb"metadata/(\d{1,9})\.npy")
+SAMPLE = re.compile(r"sample_(\d{1,9})\.png")
 
 
 class Refused:
@@ -54,13 +67,6 @@ def batch_of(labels: np.ndarray, *inputs: pa.Array) -> pa.RecordBatch:
     """A record batch of the inputs, input_ids_0 first, and their labels."""
     names = [f"input_ids_{index}" for index in range(len(inputs))] + ["label"]
     return pa.record_batch([*inputs, pa.array(np.asarray(labels, np.uint8))], names=names)
-
-
-def require(path: Path, step: str) -> Path:
-    """The path, if it exists; ValueError says which step makes it."""
-    if not path.exists():
-        raise ValueError(f"{path} is missing: {step} makes it")
-    return path
 
 
 def read_listops(
@@ -91,102 +97,184 @@ def read_retrieval(path: Path, max_length: int, refused: Refused) -> Iterator[pa
     labels_of = {b"0": 0, b"1": 1, b"0.0": 0, b"1.0": 1}
     labels: list[int] = []
     texts: tuple[list[bytes], list[bytes]] = ([], [])
-    with open(require(path, "extract.py"), "rb") as file:
-        for number, line in enumerate(file, 1):
-            fields = line.removesuffix(b"\n").removesuffix(b"\r").split(b"\t", 4)
-            if len(fields) < 5:
-                refused.add(path.name, number, f"expected 5 fields, found {len(fields)}")
-                continue
-            label = labels_of.get(fields[0])
-            if label is None:
-                refused.add(path.name, number, "label is not 0 or 1")
-                continue
-            labels.append(label)
-            texts[0].append(fields[3][:max_length])
-            texts[1].append(fields[4][:max_length])
-            if len(labels) == ROWS_PER_READ:
-                yield batch_of(labels, *(encode_text(text, max_length) for text in texts))
-                labels, texts = [], ([], [])
+    for number, (line, start, end) in enumerate(lines_of(require(path, "extract.py")), 1):
+        tabs = [start - 1]
+        while len(tabs) < 5 and (tab := line.find(b"\t", tabs[-1] + 1, end)) >= 0:
+            tabs.append(tab)
+        if len(tabs) < 5:
+            refused.add(path.name, number, f"expected 5 fields, found {len(tabs)}")
+            continue
+        label = labels_of.get(bytes(line[start : tabs[1]]))
+        if label is None:
+            refused.add(path.name, number, "label is not 0 or 1")
+            continue
+        labels.append(label)
+        for text, begin, stop in zip(
+            texts, (tabs[3] + 1, tabs[4] + 1), (tabs[4], end), strict=True
+        ):
+            text.append(line[begin : min(stop, begin + max_length)])
+        if len(labels) == ROWS_PER_READ:
+            yield batch_of(labels, *(encode_text(text, max_length) for text in texts))
+            labels, texts = [], ([], [])
     if labels:
         yield batch_of(labels, *(encode_text(text, max_length) for text in texts))
 
 
-def tfds_batches(folder: Path, split: str, rows: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of a prepared TFDS data set in the order of its records."""
-    require(folder / "dataset_info.json", "prepare_tfds.py")
-    tfds = import_tfds()
-    config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
-    builder = tfds.builder_from_directory(folder)
-    dataset = builder.as_dataset(split=split, shuffle_files=False, read_config=config)
-    yield from dataset.batch(rows).prefetch(2).as_numpy_iterator()
+def lines_of(path: Path) -> Iterator[tuple[bytearray, int, int]]:
+    """Each line of a file as a buffer and the line's start and end (LF or CR LF left out) in it.
+
+    The buffer is used again. The pairs come to 10 GB, of which an eighth is needed: nothing is copied here.
+    """
+    buffer = bytearray(4 * READ_BYTES)
+    held = 0
+    with open(path, "rb", buffering=0) as file:
+        while True:
+            if held == len(buffer):
+                buffer += bytes(len(buffer))
+            with memoryview(buffer) as view, view[held:] as free:
+                count = file.readinto(free)
+            held += count
+            start = 0
+            while (end := buffer.find(b"\n", start, held)) >= 0 or (not count and start < held):
+                end = end if end >= 0 else held
+                yield buffer, start, end - (end > start and buffer[end - 1] == ord("\r"))
+                start = end + 1
+            if not count:
+                return
+            held = max(held - start, 0)
+            buffer[:held] = buffer[start : start + held]
 
 
-def read_text(
-    folder: Path, split: str, max_length: int, refused: Refused
+# ---------------------------------------------------------------- data sets of TFDS
+
+# A part of a TFDS split: its name, and the shares of its records at which the part starts and ends.
+Part = tuple[str, float, float]
+
+
+def read_tfds_text(
+    folder: Path, part: Part, feature: str, num_classes: int, max_length: int, refused: Refused
 ) -> Iterator[pa.RecordBatch]:
-    """Reviews of a TFDS data set with the features text and label (0 or 1)."""
-    line = 1
-    for rows in tfds_batches(folder, split, ROWS_PER_READ):
-        good = good_labels(rows["label"], 2, f"{folder.parent.name} {split}", line, refused)
-        line += len(good)
-        texts = [text for text, ok in zip(rows["text"].tolist(), good, strict=True) if ok]
-        yield batch_of(rows["label"][good], encode_text(texts, max_length))
+    """Texts (the bytes of a feature) of a TFDS data set with their labels."""
+    labels, texts = [], []
+    for _, example in labelled_examples(folder, *edges_of(folder, part), num_classes, refused):
+        labels.append(example["label"])
+        texts.append((example[feature] or b"")[:max_length])
+        if len(labels) == ROWS_PER_READ:
+            yield batch_of(labels, encode_text(texts, max_length))
+            labels, texts = [], []
+    if labels:
+        yield batch_of(labels, encode_text(texts, max_length))
 
 
-def read_image(folder: Path, split: str, refused: Refused) -> Iterator[pa.RecordBatch]:
-    """Gray images of a TFDS data set with the features image (RGB) and label (0 to 9)."""
-    line = 1
-    for rows in tfds_batches(folder, split, ROWS_PER_READ):
-        good = good_labels(rows["label"], 10, f"{folder.parent.name} {split}", line, refused)
-        line += len(good)
-        yield batch_of(rows["label"][good], encode_images(to_gray(rows["image"][good])))
+def read_tfds_images(
+    folder: Path, part: Part, side: int, num_classes: int, cap: int | None, refused: Refused
+) -> Iterator[pa.RecordBatch]:
+    """Gray images (PNG, gray or RGB) of a TFDS data set with their labels, at most `cap` of them."""
+    name, start, stop = edges_of(folder, part)
+    taken = None
+    if cap is not None:
+        seen = labelled_examples(folder, name, start, stop, num_classes, Refused())
+        numbers, labels = np.array([(n, e["label"]) for n, e in seen], np.int64).reshape(-1, 2).T
+        taken = set(numbers[choose_capped(labels, np.arange(len(labels)), cap)].tolist())
+        stop = max(taken, default=start)
+    examples = labelled_examples(folder, name, start, stop, num_classes, refused)
+    yield from decode_images(
+        (
+            (example["image"] or b"", example["label"], number)
+            for number, example in examples
+            if taken is None or number in taken
+        ),
+        side,
+        refused,
+        lambda number: (f"{folder.parent.name} {name}", number),
+    )
 
 
-def good_labels(
-    labels: np.ndarray, num_classes: int, name: str, line: int, refused: Refused
-) -> np.ndarray:
-    """bool [n]: where the label is one; the others are noted under their record number."""
-    good = (labels >= 0) & (labels < num_classes)
-    for index in np.flatnonzero(~good):
-        refused.add(name, line + int(index), f"label {labels[index]} is not below {num_classes}")
-    return good
+def edges_of(folder: Path, part: Part) -> tuple[str, int, int]:
+    """The split of a part and the records at which the part starts and ends, rounded as TFDS does."""
+    name, *shares = part
+    count = count_examples(folder, name)
+    start, stop = (round(count * share) for share in shares)
+    return name, start, stop
+
+
+def labelled_examples(
+    folder: Path, split: str, start: int, stop: int, num_classes: int, refused: Refused
+) -> Iterator[tuple[int, Example]]:
+    """Examples of a split whose label is one, with their number, counted from 1."""
+    number = start
+    for examples in read_examples(folder, split, start, stop):
+        for example in examples:
+            number += 1
+            label = example.get("label")
+            if isinstance(label, int) and 0 <= label < num_classes:
+                yield number, example
+            else:
+                name = f"{folder.parent.name} {split}"
+                refused.add(name, number, f"label {label!r} is not one of 0 to {num_classes - 1}")
+
+
+def decode_images(
+    images: Iterable[tuple[bytes, int, int]],
+    side: int,
+    refused: Refused,
+    name_of: Callable[[int], tuple[str, int]],
+) -> Iterator[pa.RecordBatch]:
+    """Record batches of images: the bytes of a PNG, a label, and a number whose file and line `name_of` tells."""
+    images = iter(images)
+    while some := list(itertools.islice(images, IMAGES_PER_READ)):
+        files, labels, numbers = zip(*some, strict=True)
+        pixels, good, faults = decode_pngs(files, side)
+        for position, reason in sorted(faults.items()):
+            refused.add(*name_of(numbers[position]), reason)
+        if len(good):
+            yield batch_of(np.array(labels)[good], encode_images(pixels))
+
+
+# ---------------------------------------------------------------- Pathfinder as it is in the release
 
 
 class PathfinderLevel:
     """One level of Pathfinder in its tar: where its images lie, their labels and their splits.
 
     `splits[name]` are the examples (indices) of a split in TFDS order; `refused[name]` what the split
-    lost. The memory needed is some 200 bytes an example.
+    lost. The memory needed is some 150 bytes an example, most of it for a short while.
     """
 
     def __init__(self, path: Path, level: str, salt: str) -> None:
         require(path, "extract.py")
-        self.path = path
-        files = index_tar(path)
-        self.files: list[tuple[int, int]] = []
-        self.names: list[tuple[str, int]] = []
-        labels: list[int] = []
-        keys: list[str] = []
+        self.path, self.level = path, level
+        metadata, images = index_tar(path)
+        labels, keys = array("B"), []
+        # Of each example: the image, the number of the metadata file and the line in it.
+        named, files, lines = array("q"), array("q"), array("q")
         faults: dict[int, str] = {}
-        metadata = [name for name in files if name.startswith("metadata/")]
-        for name in sorted(metadata, key=lambda name: int(Path(name).stem)):
-            for number, line in enumerate(self.read_lines(name, *files[name]), 1):
-                fields = line.split()
-                fault = None
+        for file, place in sorted(metadata.items()):
+            rows = [
+                (line.split(), number)
+                for number, line in enumerate(self.read_lines(file, *place), 1)
+            ]
+            # The number in the key is that of the line in the release, where lines come by sample.
+            rows.sort(key=lambda row: sample_of(row[0]))
+            for number_in_key, (fields, line) in enumerate(rows, 1):
+                image = None
                 if len(fields) < 4:
-                    fault = f"expected at least 4 fields, found {len(fields)}"
+                    faults[len(keys)] = f"expected at least 4 fields, found {len(fields)}"
                 elif fields[3] not in ("0", "1"):
-                    fault = f"label {fields[3]!r} is not 0 or 1"
-                elif (image := f"{fields[0]}/{fields[1]}") not in files:
-                    fault = f"image {image} is not in the archive"
-                elif files[image][1] == 0:
-                    fault = f"image {image} is empty"
-                if fault:
-                    faults[len(keys)] = fault
-                self.files.append((0, 0) if fault else files[image])
-                labels.append(0 if fault else int(fields[3]))
-                keys.append("_".join([*fields[:2], str(number)]))
-                self.names.append((f"{level}/{name}", number))
+                    faults[len(keys)] = f"label {fields[3]!r} is not 0 or 1"
+                else:
+                    image = IMAGE.fullmatch(f"{fields[0]}/{fields[1]}")
+                labels.append(int(fields[3]) if image else 0)
+                keys.append("_".join([*fields[:2], str(number_in_key)]))
+                named.append(image_number(*image.groups()) if image else -1)
+                files.append(file)
+                lines.append(line)
+        self.file_of, self.line_of = np.array(files), np.array(lines)
+        self.offsets, self.sizes = look_up(images, np.array(named))
+        for row in np.flatnonzero(self.sizes <= 0).tolist():
+            faults.setdefault(
+                row, "image is empty" if self.sizes[row] == 0 else "image is not in the archive"
+            )
         if not keys:
             raise ValueError(f"{path} lists no examples: its metadata files are empty")
         self.labels = np.array(labels, np.uint8)
@@ -205,63 +293,89 @@ class PathfinderLevel:
             self.splits[name] = rows[usable[rows]]
             self.refused[name] = Refused()
             for row in rows[~usable[rows]]:
-                self.refused[name].add(*self.names[row], faults[int(row)])
+                self.refused[name].add(*self.name(row), faults[int(row)])
 
-    def read_lines(self, name: str, offset: int, size: int) -> list[str]:
-        """Lines of a metadata file: text, whatever the suffix .npy says."""
+    def name(self, row: int) -> tuple[str, int]:
+        """The metadata file and the line of an example."""
+        return f"{self.level}/metadata/{self.file_of[row]}.npy", int(self.line_of[row])
+
+    def read_lines(self, number: int, offset: int, size: int) -> list[str]:
+        """Lines of metadata/<number>.npy: text, whatever the suffix says."""
         with open(self.path, "rb") as file:
             file.seek(offset)
             data = file.read(size)
         if data.startswith(b"\x93NUMPY"):
-            raise ValueError(f"{self.path}: {name} is a binary NumPy file, expected lines of text")
+            raise ValueError(
+                f"{self.path}: metadata/{number}.npy is a binary NumPy file, expected lines of text"
+            )
         return data.decode(errors="replace").splitlines()
 
-    def read(self, split: str, side: int) -> Iterator[pa.RecordBatch]:
-        """Images of a split, in its order."""
+    def read(self, split: str, side: int, cap: int | None) -> Iterator[pa.RecordBatch]:
+        """Images of a split, in its order, at most `cap` of them."""
         rows = self.splits[split]
+        if cap is not None:
+            rows = rows[choose_capped(self.labels[rows], np.arange(len(rows)), cap)]
         with open(self.path, "rb") as file:
-            for start in range(0, len(rows), ROWS_PER_READ):
-                images, labels = [], []
-                for row in rows[start : start + ROWS_PER_READ].tolist():
-                    offset, size = self.files[row]
-                    try:
-                        images.append(decode_png(os.pread(file.fileno(), size, offset), side))
-                    except ValueError as error:
-                        self.refused[split].add(*self.names[row], str(error))
-                        continue
-                    labels.append(self.labels[row])
-                if images:
-                    yield batch_of(labels, encode_images(np.stack(images)))
+            descriptor = file.fileno()
+            places = (self.offsets[rows], self.sizes[rows], self.labels[rows], rows)
+            yield from decode_images(
+                (
+                    (os.pread(descriptor, size, offset), label, row)
+                    for offset, size, label, row in zip(
+                        *(part.tolist() for part in places), strict=True
+                    )
+                ),
+                side,
+                self.refused[split],
+                self.name,
+            )
 
 
-def index_tar(path: Path) -> dict[str, tuple[int, int]]:
-    """Offset and size of each file in a tar that extract.py wrote (plain ustar headers)."""
+def sample_of(fields: list[str]) -> tuple[float, str, str]:
+    """What orders the lines of a metadata file: the sample's number; lines without one come last."""
+    folder, name = [*fields, "", ""][:2]
+    number = SAMPLE.fullmatch(name)
+    return (int(number[1]) if number else float("inf"), folder, name)
+
+
+def image_number(folder: str, sample: str) -> int:
+    """One number for imgs/<folder>/sample_<sample>.png."""
+    return int(folder) << 32 | int(sample)
+
+
+def index_tar(path: Path) -> tuple[dict[int, tuple[int, int]], np.ndarray]:
+    """Where the files are in a tar that extract.py wrote (plain ustar headers).
+
+    Offset and size of each metadata file by its number, and of the images: int64 [n, 3], image_number, offset and
+    size, sorted.
+    """
     block = tarfile.BLOCKSIZE
-    files = {}
-    with open(path, "rb", buffering=1 << 16) as file:
+    metadata, images = {}, array("q")
+    at = 0
+    with open(path, "rb", buffering=READ_BYTES) as file:
         while (header := file.read(block)) != bytes(block):
             if len(header) < block:
                 raise ValueError(f"{path} is cut: make it again with extract.py")
-            name = header[:100].rstrip(b"\0").decode(errors="replace")
-            if not re.fullmatch(r"imgs/\d+/sample_\d+\.png|metadata/\d+\.npy", name):
-                raise ValueError(
-                    f"{path}: unexpected member {name!r}: make it again with extract.py"
-                )
+            name = header[: header.index(0)]
             size = int(header[124:135], 8)
-            files[name] = (file.tell(), size)
-            file.seek(size + -size % block, os.SEEK_CUR)
-    return files
+            if match := PACKED_IMAGE.fullmatch(name):
+                images.extend((image_number(*match.groups()), at + block, size))
+            elif match := PACKED_METADATA.fullmatch(name):
+                metadata[int(match[1])] = (at + block, size)
+            else:
+                raise ValueError(
+                    f"{path}: unexpected member {name.decode(errors='replace')!r}: make it again with extract.py"
+                )
+            at += block + size + -size % block
+            file.seek(at)
+    table = np.array(images).reshape(-1, 3)
+    return metadata, table[np.argsort(table[:, 0], kind="stable")]
 
 
-def decode_png(data: bytes, side: int) -> np.ndarray:
-    """Gray pixels of a PNG, uint8 [side, side]; ValueError when it is broken or of another size."""
-    from PIL import PngImagePlugin
-
-    try:
-        with PngImagePlugin.PngImageFile(io.BytesIO(data)) as image:
-            pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, zlib.error, ...
-        raise ValueError(f"broken PNG: {error}") from None
-    if pixels.shape[:2] != (side, side):
-        raise ValueError(f"image of {pixels.shape[1]}x{pixels.shape[0]}, expected {side}x{side}")
-    return pixels if pixels.ndim == 2 else to_gray(pixels)
+def look_up(images: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets and sizes of images by their image_number, int64 [n]; size -1 where there is none."""
+    if not len(images):
+        return np.zeros(len(wanted), np.int64), np.full(len(wanted), -1)
+    places = np.minimum(np.searchsorted(images[:, 0], wanted), len(images) - 1)
+    there = images[places, 0] == wanted
+    return images[places, 1], np.where(there, images[places, 2], -1)
