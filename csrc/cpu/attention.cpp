@@ -9,10 +9,11 @@
 // transposed, S'[key][query], so that the queries lie in the lanes: k, v, q and dO are then read in
 // place, only q and dO of a strip are packed, and the sum over a row is a vertical operation.
 //
-//   forward    P' = exp2(S' - shift),  sum += P',  O' += V' P',  o = O' / (sum + c exp2(-shift))
-//   backward   P' = exp2(S' - L),  dS' = P' (V dO' - delta),  L = log2(exp2(lse) + c)
-//              dV += P' dO,  dK += dS' q,  dQ' += K' dS',  delta_i = <dO_i, o_i>
+//   forward    P' = exp2(S' - shift),  sum += P',  O' += V' (M P'),  o = O' / (sum + c exp2(-shift))
+//   backward   P' = exp2(S' - L),  dS' = P' (M V dO' - delta),  L = log2(exp2(lse) + c)
+//              dV += M P' dO,  dK += dS' q,  dQ' += K' dS',  delta_i = <dO_i, o_i>
 //
+// with M the factors of dropout, drawn anew in the backward.
 // All five products are one register tile, `product`. The scale and log2(e) are folded into the
 // packed q, the scale of dS into the packed dO and delta.
 #include <cstdint>
@@ -37,12 +38,13 @@ namespace {
 
 constexpr int64_t kLanes = SAT_LANES;
 constexpr int64_t kStrip = 32;  // queries of a strip and keys of a chunk
-constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kLn2 = 0.693147180559945309f;
+constexpr double kLog2e = 1.44269504088896341;
+constexpr double kLn2 = 0.693147180559945309;
 
 typedef float Vec __attribute__((vector_size(4 * SAT_LANES)));
 typedef float UnalignedVec __attribute__((vector_size(4 * SAT_LANES), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(4 * SAT_LANES)));
+typedef uint32_t WordVec __attribute__((vector_size(4 * SAT_LANES), aligned(4), may_alias));
 
 SAT_INLINE Vec load(const float *p) { return *reinterpret_cast<const UnalignedVec *>(p); }
 SAT_INLINE void store(float *p, Vec x) { *reinterpret_cast<UnalignedVec *>(p) = x; }
@@ -79,7 +81,7 @@ SAT_INLINE Vec log2(Vec x) {
   y = y * t + 1.0f / 5;
   y = y * t + 1.0f / 3;
   y = y * t + 1.0f;
-  return __builtin_convertvector(exponent, Vec) + (x - x) + 2 * kLog2e * s * y;
+  return __builtin_convertvector(exponent, Vec) + (x - x) + static_cast<float>(2 * kLog2e) * s * y;
 }
 
 template <int N>
@@ -165,7 +167,8 @@ void add_product(int64_t count, int64_t width, const float *a, int64_t a_row, in
 }
 
 float *at(const sat_tensor &t, int64_t batch, int64_t head, int64_t row) {
-  return t.data + batch * t.batch_stride + head * t.head_stride + row * t.row_stride;
+  return static_cast<float *>(t.data) + batch * t.batch_stride + head * t.head_stride +
+         row * t.row_stride;
 }
 
 // One step of a transposition: exchanges the lanes of two rows that are `Step` apart.
@@ -233,6 +236,8 @@ struct Plan {
   const Call &call;
   int64_t strip, parts;  // queries of a strip, strips of a block
   int64_t num_strips, pairs;
+  uint32_t threshold;  // t of sat_kernels.h; 0: no dropout
+  float kept;          // the factor of a weight that is not dropped
 
   explicit Plan(const Call &c) : call(c) {
     const int64_t block = c.blocks ? c.blocks->block_size : kStrip;
@@ -240,6 +245,8 @@ struct Plan {
     parts = block / strip;
     num_strips = (c.problem.length + strip - 1) / strip;
     pairs = c.problem.batch * c.problem.heads;
+    threshold = static_cast<uint32_t>(c.problem.dropout_p * 0x1p24 + 0.5);
+    kept = threshold < 1 << 24 ? static_cast<float>(0x1p24 / (0x1p24 - threshold)) : 0.0f;
   }
 
   int64_t real(const int32_t *lengths, int64_t batch) const {
@@ -314,11 +321,48 @@ int parallel(int64_t tasks, int num_threads, int64_t scratch_floats, Body body) 
   return failed ? SAT_NO_MEMORY : SAT_OK;
 }
 
+// ---------------------------------------------------------------------------------------- dropout
+
+// The generator of sat_kernels.h for the rows of a strip, and its factors for a chunk of keys.
+struct Dropout {
+  uint32_t low[kStrip], high[kStrip];
+  float factors[kStrip * kStrip];  // [key][row]
+
+  // z of every row
+  void seed(const Plan &plan, int64_t batch, int64_t head, int64_t index) {
+    const sat_problem &problem = plan.call.problem;
+    const int64_t first = (batch * problem.heads + head) * problem.length + index * plan.strip;
+    for (int64_t r = 0; r < plan.strip; ++r) {
+      uint64_t z = problem.seed + 0x9E3779B97F4A7C15u * static_cast<uint64_t>(first + r + 1);
+      z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+      z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+      z ^= z >> 31;
+      low[r] = static_cast<uint32_t>(z);
+      high[r] = static_cast<uint32_t>(z >> 32);
+    }
+  }
+
+  void draw(const Plan &plan, int64_t first_key, int64_t num_keys) {
+    const Vec kept = splat(plan.kept);
+    for (int64_t i = 0; i < num_keys; ++i) {
+      const uint32_t step = 0x9E3779B9u * static_cast<uint32_t>(first_key + i);
+      for (int64_t c = 0; c < plan.strip; c += kLanes) {
+        WordVec x = *reinterpret_cast<const WordVec *>(low + c) + step;
+        x = (x ^ x >> 16) * 0x7FEB352Du;
+        x = ((x ^ x >> 15) + *reinterpret_cast<const WordVec *>(high + c)) * 0x846CA68Bu;
+        x ^= x >> 16;
+        store(factors + i * plan.strip + c, x >> 8 < plan.threshold ? Vec{} : kept);
+      }
+    }
+  }
+};
+
 // ---------------------------------------------------------------------------------------- forward
 
 // The scratch of a thread in the forward pass, `keys` floats a query for the weights.
 struct ForwardScratch {
   float *q, *o, *shift, *sum, *factor, *weights, *map;
+  Dropout dropout;
 
   static int64_t floats(int64_t width, int64_t strip, int64_t keys, int64_t map_keys) {
     return strip * (2 * width + 3 + keys + map_keys);
@@ -358,6 +402,11 @@ void weigh(const Plan &plan, int64_t batch, int64_t head, int64_t index, bool ke
               }
               store(s.sum + c, sum);
             });
+    if (plan.threshold) {
+      s.dropout.draw(plan, j, n);
+      for (int64_t e = 0; e < n * strip; ++e) s.dropout.factors[e] *= weights[e];
+      weights = s.dropout.factors;
+    }
     add_product(width, strip, at(call.v, batch, head, j), 1, call.v.row_stride, weights, strip, n,
                 s.o, strip);
   });
@@ -392,16 +441,21 @@ bool forward_strip(const Plan &plan, int64_t batch, int64_t head, int64_t index,
   const sat_problem &problem = call.problem;
   const int64_t width = problem.width, strip = plan.strip, first = index * strip;
   const int64_t end = least(first + strip, problem.length);
-  float *lse = call.lse + (batch * problem.heads + head) * problem.length;
+  const int64_t place = (batch * problem.heads + head) * problem.length;
+  float *lse = call.lse + place, *lse_rest = call.lse_rest + place;
 
   int64_t rows = least(plan.real_queries(batch), end) - first;
   if (rows < 0 || plan.empty(index, plan.real_keys(batch))) rows = 0;
   clear_rows(call.o, batch, head, first + rows, end, width);
-  for (int64_t i = first + rows; i < end; ++i) lse[i] = -__builtin_inff();
+  for (int64_t i = first + rows; i < end; ++i) {
+    lse[i] = -__builtin_inff();
+    lse_rest[i] = 0;
+  }
   if (rows == 0) return false;
 
   pack(at(call.q, batch, head, first), call.q.row_stride, rows, width, strip,
-       problem.scale * kLog2e, s.q);
+       static_cast<float>(problem.scale * kLog2e), s.q);
+  if (plan.threshold) s.dropout.seed(plan, batch, head, index);
   std::memset(s.shift, 0, strip * sizeof(float));
   weigh(plan, batch, head, index, keep, s);
   if (!in_range(s.sum, rows)) {
@@ -413,10 +467,14 @@ bool forward_strip(const Plan &plan, int64_t batch, int64_t head, int64_t index,
     const Vec shift = load(s.shift + c), sum = load(s.sum + c);
     // Without a constant exp2(-shift) may be inf, and 0 * inf NaN.
     store(s.factor + c, 1.0f / (constant > 0 ? sum + constant * exp2(-shift) : sum));
-    store(s.sum + c, (shift + log2(sum)) * kLn2);
+    store(s.sum + c, log2(sum));
   }
   for (int64_t r = rows; r < strip; ++r) s.factor[r] = 0;
-  std::memcpy(lse + first, s.sum, rows * sizeof(float));
+  for (int64_t r = 0; r < rows; ++r) {
+    const double exact = (static_cast<double>(s.shift[r]) + s.sum[r]) * kLn2;
+    lse[first + r] = static_cast<float>(exact);
+    lse_rest[first + r] = static_cast<float>(exact - lse[first + r]);
+  }
   unpack(s.o, strip, rows, width, s.factor, at(call.o, batch, head, first), call.o.row_stride);
   return true;
 }
@@ -466,17 +524,19 @@ int forward(const Call &call) {
 // --------------------------------------------------------------------------------------- backward
 
 struct BackwardScratch {
-  float *q, *d_o, *dq, *norm, *delta, *weights, *d_scores;
+  float *q, *d_o, *dq, *norm, *norm_rest, *delta, *weights, *d_scores;
+  Dropout dropout;
 
   static int64_t floats(int64_t width, int64_t strip) {
-    return strip * (3 * width + 2 + 2 * strip);
+    return strip * (3 * width + 3 + 2 * strip);
   }
   BackwardScratch(float *p, int64_t width, int64_t strip) {
     q = p;
     d_o = q + width * strip;
     dq = d_o + width * strip;
     norm = dq + width * strip;
-    delta = norm + strip;
+    norm_rest = norm + strip;
+    delta = norm_rest + strip;
     weights = delta + strip;
     d_scores = weights + strip * strip;
   }
@@ -490,14 +550,20 @@ int64_t prepare(const Plan &plan, int64_t batch, int64_t head, int64_t index, Ba
   const int64_t rows = least(plan.real_queries(batch) - first, strip);
   if (rows <= 0 || plan.empty(index, plan.real_keys(batch))) return 0;
   pack(at(call.q, batch, head, first), call.q.row_stride, rows, width, strip,
-       problem.scale * kLog2e, s.q);
+       static_cast<float>(problem.scale * kLog2e), s.q);
   pack(at(call.d_o, batch, head, first), call.d_o.row_stride, rows, width, strip, problem.scale,
        s.d_o);
 
+  if (plan.threshold) s.dropout.seed(plan, batch, head, index);
   std::memset(s.norm, 0, strip * sizeof(float));
+  std::memset(s.norm_rest, 0, strip * sizeof(float));
   std::memset(s.delta, 0, strip * sizeof(float));
-  std::memcpy(s.norm, call.lse + (batch * problem.heads + head) * problem.length + first,
-              rows * sizeof(float));
+  const int64_t place = (batch * problem.heads + head) * problem.length + first;
+  for (int64_t r = 0; r < rows; ++r) {
+    const double exact = (static_cast<double>(call.lse[place + r]) + call.lse_rest[place + r]) * kLog2e;
+    s.norm[r] = static_cast<float>(exact);
+    s.norm_rest[r] = static_cast<float>(exact - s.norm[r]);
+  }
   for (int64_t r = 0; r < rows; r += kLanes) {
     Vec products[kLanes];  // [row][lane], then transposed and added
     for (int i = 0; i < kLanes; ++i) {
@@ -513,43 +579,55 @@ int64_t prepare(const Plan &plan, int64_t batch, int64_t head, int64_t index, Ba
     store(s.delta + r, delta * problem.scale);
   }
 
-  // log2(exp2(a) + c) without overflow
+  // log2(exp2(lse) + c) = high + log2(1 + exp2(low - high)) cannot overflow.
   const float constant = plan.constant(index);
-  const Vec log_constant = constant > 0 ? log2(splat(constant)) : splat(-__builtin_inff());
-  for (int64_t c = 0; c < strip; c += kLanes) {
-    const Vec lse = load(s.norm + c) * kLog2e;
-    const Vec high = max(log_constant, lse), low = min(log_constant, lse);
-    store(s.norm + c, constant > 0 ? high + log2(1.0f + exp2(low - high)) : lse);
+  if (constant > 0) {
+    const Vec log_constant = log2(splat(constant));
+    for (int64_t c = 0; c < strip; c += kLanes) {
+      const Vec lse = load(s.norm + c), rest = load(s.norm_rest + c);
+      const Vec high = max(log_constant, lse), low = min(log_constant, lse);
+      store(s.norm + c, high);
+      store(s.norm_rest + c, (lse < log_constant ? Vec{} : rest) + log2(1.0f + exp2(low - high)));
+    }
   }
   return rows;
 }
 
 // The part of a strip and n keys from key j on in dQ (query_side) and in dK and dV (key_side).
 // Both ways of `backward` go through this one function, so that both give the same bits.
+template <bool kDropout>
 __attribute__((noinline)) void backward_tile(const Plan &plan, int64_t batch, int64_t head,
                                              int64_t index, int64_t rows, int64_t j, int64_t n,
                                              bool query_side, bool key_side, BackwardScratch &s) {
   const Call &call = plan.call;
   const int64_t width = call.problem.width, strip = plan.strip, first = index * strip;
   const float *k = at(call.k, batch, head, j);
+  if (kDropout) s.dropout.draw(plan, j, n);
   product(n, strip, k, call.k.row_stride, 1, s.q, strip, width,
           [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
-            const Vec norm = load(s.norm + c);
+            const Vec norm = load(s.norm + c), rest = load(s.norm_rest + c);
             float *to = s.weights + i * strip + c;
 #pragma GCC unroll 6
             for (Vec score : column) {
-              store(to, exp2(score - norm));
+              store(to, exp2(score - norm - rest));
               to += strip;
             }
           });
   product(n, strip, at(call.v, batch, head, j), call.v.row_stride, 1, s.d_o, strip, width,
           [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
             const Vec delta = load(s.delta + c);
-            const float *p = s.weights + i * strip + c;
+            float *p = s.weights + i * strip + c;
             float *to = s.d_scores + i * strip + c;
+            const float *factor = s.dropout.factors + i * strip + c;
 #pragma GCC unroll 6
             for (Vec d_weight : column) {
-              store(to, load(p) * (d_weight - delta));
+              const Vec weight = load(p);
+              if (kDropout) {
+                d_weight *= load(factor);
+                store(p, weight * load(factor));
+                factor += strip;
+              }
+              store(to, weight * (d_weight - delta));
               p += strip;
               to += strip;
             }
@@ -562,6 +640,12 @@ __attribute__((noinline)) void backward_tile(const Plan &plan, int64_t batch, in
     add_product(n, width, s.d_scores, strip, 1, at(call.q, batch, head, first),
                 call.q.row_stride, rows, at(call.dk, batch, head, j), call.dk.row_stride);
   }
+}
+
+void backward_tile(const Plan &plan, int64_t batch, int64_t head, int64_t index, int64_t rows,
+                   int64_t j, int64_t n, bool query_side, bool key_side, BackwardScratch &s) {
+  const auto tile = plan.threshold ? backward_tile<true> : backward_tile<false>;
+  tile(plan, batch, head, index, rows, j, n, query_side, key_side, s);
 }
 
 // dQ of a strip, and with key_side its part of dK and dV.

@@ -46,7 +46,8 @@ def block_sparse_attention(
             padded query rows give 0. Checked when on the CPU; on a GPU, where a check would wait
             for the device, and under torch.compile the kernels clamp them to [0, N].
         denominator: "zero_logits" or "renormalised".
-        dropout_p: dropout on the probabilities; only `reference` has it.
+        dropout_p: dropout on the probabilities. Its seed comes from torch's default generator, and
+            every backend drops the same ones.
         return_lse: also return log Σ_{j∈J_i} exp(s_ij) [B, H, N] (-inf for rows that give 0,
             whatever the denominator), which carries no gradient.
         backend: "auto", "reference", "cpu" or "cuda".
@@ -69,7 +70,7 @@ def block_sparse_attention(
             f"denominator: expected one of {', '.join(DENOMINATORS)}, got {denominator!r}"
         )
     lengths = _check_lengths(lengths, q)
-    backend = resolve(backend, q, block_size, dropout_p)
+    backend = resolve(backend, q, block_size)
     o, lse = run_block_sparse(
         backend, q, k, v, block_mask, block_size, lengths, denominator, dropout_p
     )
@@ -103,7 +104,7 @@ def dense_attention(
     if padded_queries not in ("zero", "attend"):
         raise ValueError(f"padded_queries: expected zero or attend, got {padded_queries!r}")
     lengths = _check_lengths(lengths, q)
-    backend = resolve(backend, q, None, dropout_p)
+    backend = resolve(backend, q, None)
     o, mean_map = run_dense(backend, q, k, v, lengths, padded_queries, return_map, dropout_p)
     return (o, mean_map.detach()) if return_map else o
 

@@ -9,7 +9,7 @@ import logging
 
 import torch
 
-from sat.attention import kernels, reference
+from sat.attention import dropout, kernels, reference
 
 logger = logging.getLogger(__name__)
 
@@ -32,21 +32,28 @@ def unavailable(backend: str) -> str | None:
 
 def run_block_sparse(backend, q, k, v, block_mask, block_size, lengths, denominator, dropout_p):
     """Output and log-sum-exp from a backend, which is not "auto"."""
+    seed = dropout.draw_seed() if dropout_p > 0 else None
     if backend == "reference":
         return reference.block_sparse_attention(
-            q, k, v, block_mask, block_size, lengths, denominator, dropout_p
+            q, k, v, block_mask, block_size, lengths, denominator, dropout_p, seed
         )
     q, k, v = (kernels.last_contiguous(x) for x in (q, k, v))
-    return kernels.block_sparse(q, k, v, block_mask, lengths, block_size, denominator)
+    o, sums = kernels.block_sparse(
+        q, k, v, block_mask, lengths, seed, block_size, denominator, dropout_p
+    )
+    return o, sums[0]
 
 
 def run_dense(backend, q, k, v, lengths, padded_queries, return_map, dropout_p):
     """Output and mean map (or None) from a backend, which is not "auto"."""
+    seed = dropout.draw_seed() if dropout_p > 0 else None
     if backend == "reference":
-        return reference.dense_attention(q, k, v, lengths, padded_queries, return_map, dropout_p)
+        return reference.dense_attention(
+            q, k, v, lengths, padded_queries, return_map, dropout_p, seed
+        )
     q, k, v = (kernels.last_contiguous(x) for x in (q, k, v))
     query_lengths = lengths if padded_queries == "zero" else None
-    o, _, mean_map = kernels.dense(q, k, v, lengths, query_lengths, return_map)
+    o, _, mean_map = kernels.dense(q, k, v, lengths, query_lengths, seed, dropout_p, return_map)
     return o, mean_map if return_map else None
 
 
@@ -114,14 +121,14 @@ def selected_backend(device_type: str) -> str:
     return _choose(device_type)
 
 
-def resolve(backend: str, q: torch.Tensor, block_size: int | None, dropout_p: float) -> str:
+def resolve(backend: str, q: torch.Tensor, block_size: int | None) -> str:
     """The backend of a call. ValueError if the one asked for cannot do it."""
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "reference":
         return backend
     device_type = q.device.type if backend == "auto" else backend
-    obstacle = _obstacle(device_type, q, block_size, dropout_p)
+    obstacle = _obstacle(device_type, q, block_size)
     if backend == "auto":
         return "reference" if obstacle else selected_backend(device_type)
     if obstacle is None:
@@ -131,15 +138,13 @@ def resolve(backend: str, q: torch.Tensor, block_size: int | None, dropout_p: fl
     return backend
 
 
-def _obstacle(device_type, q, block_size, dropout_p) -> str | None:
+def _obstacle(device_type, q, block_size) -> str | None:
     """Why the kernels of a device cannot compute a call, or None."""
     width = q.shape[-1]
     if q.device.type != device_type:
         return f"the tensors are on {q.device.type}"
     if q.dtype != torch.float32:
         return f"it takes torch.float32, got {q.dtype}"
-    if dropout_p > 0:
-        return "it has no dropout"
     if width % 8 or (device_type == "cuda" and width > kernels.MAX_CUDA_WIDTH):
         return f"head width {width} is not a multiple of 8 or too large"
     if block_size is not None and block_size not in kernels.BLOCK_SIZES:

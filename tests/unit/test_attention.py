@@ -235,7 +235,6 @@ GOOD = {"block_size": BLOCK}
         ({}, GOOD | {"dropout_p": 1.0}, "dropout_p: expected a number in \\[0, 1\\)"),
         ({}, GOOD | {"backend": "gpu"}, "backend: expected one of auto, cuda, cpu, reference"),
         ({}, GOOD | {"backend": "cuda"}, "backend 'cuda' cannot be used: the tensors are on cpu"),
-        ({}, GOOD | {"backend": "cpu", "dropout_p": 0.1}, "it has no dropout"),
         ({}, {"block_size": 8, "backend": "cpu"}, "block size 8 is not one of"),
     ],
 )
@@ -293,8 +292,7 @@ def test_a_backend_that_gives_other_numbers_is_not_used(monkeypatch, caplog, for
 def test_double_precision_goes_through_reference(monkeypatch):
     monkeypatch.setattr(selection, "_choose", lambda device_type: "cpu")
     q, _, _ = make_inputs()
-    assert selection.resolve("auto", q, BLOCK, 0.0) == "reference"
-    assert selection.resolve("auto", q.float(), BLOCK, 0.0) == "cpu"
-    assert selection.resolve("auto", q.float(), BLOCK, 0.1) == "reference"
-    assert selection.resolve("auto", q.float(), 4, 0.0) == "reference"
-    assert selection.resolve("auto", q.float()[..., :6], BLOCK, 0.0) == "reference"
+    assert selection.resolve("auto", q, BLOCK) == "reference"
+    assert selection.resolve("auto", q.float(), BLOCK) == "cpu"
+    assert selection.resolve("auto", q.float(), 4) == "reference"
+    assert selection.resolve("auto", q.float()[..., :6], BLOCK) == "reference"

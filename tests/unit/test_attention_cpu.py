@@ -246,10 +246,10 @@ def test_operators_pass_opcheck():
     q, k, v, _ = random((1, 2, 64, 8))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     lengths = torch.tensor([50], dtype=torch.int32)
-    torch.library.opcheck(
-        kernels.block_sparse, (*leaves, random_mask(4), lengths, 16, "zero_logits")
-    )
-    torch.library.opcheck(kernels.dense, (*leaves, lengths, None, True))
+    for seed, dropout_p in ((None, 0.0), (torch.tensor(3), 0.2)):
+        sparse_options = lengths, seed, 16, "zero_logits", dropout_p
+        torch.library.opcheck(kernels.block_sparse, (*leaves, random_mask(4), *sparse_options))
+        torch.library.opcheck(kernels.dense, (*leaves, lengths, None, seed, dropout_p, True))
 
 
 def test_auto_takes_the_kernels_and_the_table_says_so(kernels_dir, capsys):
