@@ -1,8 +1,10 @@
 """Attention behind one door: block_sparse_attention and dense_attention, the same numbers everywhere.
 
 Backends: `reference` (plain PyTorch, any device and dtype), `cpu` and `cuda` (compiled kernels of
-csrc/, float32). "auto" takes the kernels of the tensors' device once they have been checked against
-`reference` in this process; `selected_backend(device_type)` names the choice, `python -m
+csrc/; `cpu` in float32, `cuda` in bfloat16 and float16 too), `flex` (torch's FlexAttention,
+block-sparse only, without dropout; on the CPU only by name and without gradients). "auto" takes the
+kernels of the tensors' device once they have been checked against `reference` in this process, on a
+GPU without them `flex` after the same check; `selected_backend(device_type)` names the choice, `python -m
 sat.backends` prints all of them.
 
 The kernel libraries come from the folder $SAT_KERNELS or the newest results/<run>/kernels.
@@ -50,7 +52,7 @@ def block_sparse_attention(
             every backend drops the same ones.
         return_lse: also return log Σ_{j∈J_i} exp(s_ij) [B, H, N] (-inf for rows that give 0,
             whatever the denominator), which carries no gradient.
-        backend: "auto", "reference", "cpu" or "cuda".
+        backend: "auto", "reference", "cpu", "cuda" or "flex".
 
     Returns: [B, H, N, D], or (that, lse).
     Raises: ValueError that says what was expected.
@@ -70,7 +72,7 @@ def block_sparse_attention(
             f"denominator: expected one of {', '.join(DENOMINATORS)}, got {denominator!r}"
         )
     lengths = _check_lengths(lengths, q)
-    backend = resolve(backend, q, block_size)
+    backend = resolve(backend, q, block_size, dropout_p)
     o, lse = run_block_sparse(
         backend, q, k, v, block_mask, block_size, lengths, denominator, dropout_p
     )

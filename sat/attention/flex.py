@@ -19,9 +19,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def obstacle(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_size, dropout_p
-) -> str | None:
+def obstacle(q: torch.Tensor, block_size: int | None, dropout_p: float) -> str | None:
     """Why flex cannot compute a call, or None. block_size: None for dense attention."""
     if block_size is None:
         return "it has no dense attention with a map; it is for block_sparse_attention"
@@ -29,12 +27,9 @@ def obstacle(
         return "it has no dropout"
     if q.dtype not in DTYPES:
         return f"it takes {', '.join(map(str, DTYPES))}, got {q.dtype}"
-    if q.device.type == "cpu":
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            return "PyTorch's FlexAttention has no backward on the CPU; use torch.no_grad()"
-    elif q.device.type != "cuda":
+    if q.device.type not in ("cpu", "cuda"):
         return f"the tensors are on {q.device.type}"
-    elif block_size < 16 or block_size & (block_size - 1):
+    if q.is_cuda and (block_size < 16 or block_size & (block_size - 1)):
         return f"on a GPU the block size must be a power of two from 16 on, got {block_size}"
     return None
 
@@ -78,8 +73,15 @@ def _block_mask(mask, block_size: int, length: int, lengths) -> BlockMask:
 
 
 def block_sparse_attention(q, k, v, block_mask, block_size, lengths, denominator):
-    """See sat.attention.block_sparse_attention. Returns o [B, H, N, D] and lse [B, H, N]."""
+    """See sat.attention.block_sparse_attention. Returns o [B, H, N, D] and lse [B, H, N].
+
+    Raises: ValueError where a gradient is asked for on the CPU.
+    """
     length = q.shape[2]
+    if not q.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError(
+            "backend 'flex' has no backward on the CPU; use torch.no_grad() or another backend"
+        )
     options = {
         "block_mask": _block_mask(block_mask.to(q.device), block_size, length, lengths),
         "return_aux": AuxRequest(lse=True),
@@ -93,7 +95,8 @@ def block_sparse_attention(q, k, v, block_mask, block_size, lengths, denominator
     else:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
-            o, aux = flex_attention(q, k, v, **options)
+            # Detached: it looks at requires_grad even where no gradient is recorded.
+            o, aux = flex_attention(q.detach(), k.detach(), v.detach(), **options)
     if denominator == "zero_logits":
         unselected = (length - block_size * block_mask.sum(1)).repeat_interleave(
             block_size, output_size=length

@@ -233,7 +233,7 @@ GOOD = {"block_size": BLOCK}
         ({}, GOOD | {"lengths": torch.tensor([-1, 6, 2])}, "in \\[0, 64\\], got -1 to 6"),
         ({}, GOOD | {"denominator": "one"}, "denominator: expected one of zero_logits"),
         ({}, GOOD | {"dropout_p": 1.0}, "dropout_p: expected a number in \\[0, 1\\)"),
-        ({}, GOOD | {"backend": "gpu"}, "backend: expected one of auto, cuda, cpu, reference"),
+        ({}, GOOD | {"backend": "gpu"}, "backend: expected one of auto, cuda, cpu, flex, reference"),
         ({}, GOOD | {"backend": "cuda"}, "backend 'cuda' cannot be used: the tensors are on cpu"),
         ({}, {"block_size": 8, "backend": "cpu"}, "block size 8 is not one of"),
     ],

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sat.attention import flex, kernels, reference
+import sat.attention as attention
+from sat.attention import flex, kernels, reference, selection
 
 BLOCK, N = 32, 128
 
@@ -48,18 +49,54 @@ def test_another_mask_of_the_same_shape_gives_its_own_numbers():
         ({"block_size": None}, "it has no dense attention"),
         ({"dropout_p": 0.1}, "it has no dropout"),
         ({"dtype": torch.float64}, "it takes torch.float32, torch.bfloat16, torch.float16, got"),
-        ({"grad": True}, "no backward on the CPU; use torch.no_grad"),
         ({"device": "meta"}, "the tensors are on meta"),
     ],
 )
 def test_what_flex_cannot_do_is_named(change, message):
     q = torch.zeros(1, 1, N, 16, dtype=change.get("dtype"), device=change.get("device"))
-    q.requires_grad_(change.get("grad", False))
     options = {"block_size": BLOCK, "dropout_p": 0.0} | change
-    assert message in flex.obstacle(q, q, q, options["block_size"], options["dropout_p"])
+    assert message in flex.obstacle(q, options["block_size"], options["dropout_p"])
 
 
-def test_without_gradients_it_computes_on_the_cpu():
-    q = torch.zeros(1, 1, N, 16, requires_grad=True)
+def test_behind_the_door_on_the_cpu_by_name():
+    q, k, v = (x.requires_grad_() for x in inputs())
+    options = {"block_size": BLOCK, "backend": "flex"}
     with torch.no_grad():
-        assert flex.obstacle(q, q, q, BLOCK, 0.0) is None
+        o = attention.block_sparse_attention(q, k, v, make_mask(), **options)
+    expected = attention.block_sparse_attention(
+        q, k, v, make_mask(), block_size=BLOCK, backend="reference"
+    )
+    torch.testing.assert_close(o, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="'flex' has no backward on the CPU; use torch.no_grad"):
+        attention.block_sparse_attention(q, k, v, make_mask(), **options)
+    with pytest.raises(ValueError, match="'flex' cannot be used: it has no dropout"):
+        attention.block_sparse_attention(q, k, v, make_mask(), **options, dropout_p=0.1)
+    with pytest.raises(ValueError, match="'flex' cannot be used: it has no dense attention"):
+        attention.dense_attention(q, k, v, backend="flex")
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """The choice for a GPU, with errors given by a table: what it takes and what it logs."""
+    errors = {}
+
+    def largest_error(backend):
+        if isinstance(errors[backend], Exception):
+            raise errors[backend]
+        return errors[backend]
+
+    monkeypatch.setattr(selection, "unavailable", lambda backend: None)
+    monkeypatch.setattr(selection, "largest_error", largest_error)
+    monkeypatch.setattr(kernels, "instruction_set", lambda device_type: "cuda")
+    return errors
+
+
+def test_on_a_gpu_flex_comes_after_the_kernels(a_gpu, caplog):
+    a_gpu.update(cuda=1e-7, flex=1e-7)
+    assert selection._choose.__wrapped__("cuda") == "cuda" and not caplog.records
+    a_gpu.update(cuda=RuntimeError("no kernel image"))
+    assert selection._choose.__wrapped__("cuda") == "flex"
+    assert "its check failed: no kernel image" in caplog.text
+    a_gpu.update(flex=1.0)
+    assert selection._choose.__wrapped__("cuda") == "reference"
+    assert "plain PyTorch" in caplog.text and "not flex: its kernels differ" in caplog.text
