@@ -4,8 +4,8 @@ Backends: `reference` (plain PyTorch, any device and dtype), `cpu` and `cuda` (c
 csrc/; `cpu` in float32, `cuda` in bfloat16 and float16 too), `flex` (torch's FlexAttention,
 block-sparse only, without dropout; on the CPU only by name and without gradients). "auto" takes the
 kernels of the tensors' device once they have been checked against `reference` in this process, on a
-GPU without them `flex` after the same check; `selected_backend(device_type)` names the choice, `python -m
-sat.backends` prints all of them.
+GPU without them `flex` after the same check; `selected_backend(device_type)` names the choice,
+`python -m sat.backends` prints all of them.
 
 The kernel libraries come from the folder $SAT_KERNELS or the newest results/<run>/kernels.
 """

@@ -27,8 +27,13 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 
 inline float __fmul_rn(float a, float b) { return a * b; }  // compile with -ffp-contract=off
 
-inline void __syncthreads() { emulation::wait_for_block(); }
-inline void __syncwarp(unsigned mask = 0xffffffffu) { emulation::wait_for_warp(mask); }
+// A barrier can be left out, to see that its absence is noticed: see emulation.hpp.
+inline void __syncthreads(int line = __builtin_LINE()) {
+  if (line != emulation::skipped_line) emulation::wait_for_block();
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
+  if (line != emulation::skipped_line) emulation::wait_for_warp(mask, true);
+}
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32) {

@@ -8,6 +8,8 @@
 // Under ThreadSanitizer every CUDA thread is a thread of its own to the sanitizer: a switch orders
 // nothing, only barriers do. Under AddressSanitizer the stacks of the fibers are announced to it.
 //
+// SAT_EMULATION_SKIP=LINE leaves out the barriers on that line of the source, for tests.
+//
 // Fibers switch by a few lines of x86-64 assembly; elsewhere, or with -DSAT_EMULATION_UCONTEXT, by
 // ucontext, which is ten times slower.
 //
@@ -123,6 +125,7 @@ struct Thread {
 
 inline Thread threads[kMaxThreads];
 inline unsigned num_threads, running;
+inline int skipped_line;
 inline Context scheduler;
 inline void *scheduler_fiber, *scheduler_fake_stack;
 inline const void *scheduler_stack;
@@ -205,12 +208,13 @@ EMULATION_INTERNAL inline void wait_for_block() {
   acquire(clock);
 }
 
-EMULATION_INTERNAL inline void wait_for_warp(unsigned mask) {
+// Waits for the other threads of the warp. A shuffle orders no memory accesses, __syncwarp does.
+EMULATION_INTERNAL inline void wait_for_warp(unsigned mask, bool orders_memory) {
   if (mask != 0xffffffffu) fail("a warp operation of a part of a warp is not emulated");
   char *clock = &warp_clocks[running / kWarpSize][threads[running].warp_waits++ % 2];
-  release(clock);
+  if (orders_memory) release(clock);
   suspend(kAtWarpBarrier);
-  acquire(clock);
+  if (orders_memory) acquire(clock);
 }
 
 // The value that lane `lane` of the warp handed over. Values alternate between two places: nobody
@@ -218,7 +222,7 @@ EMULATION_INTERNAL inline void wait_for_warp(unsigned mask) {
 EMULATION_INTERNAL inline uint32_t exchange(unsigned mask, uint32_t value, unsigned lane) {
   const unsigned turn = threads[running].warp_waits % 2;
   threads[running].exchanged[turn] = value;
-  wait_for_warp(mask);
+  wait_for_warp(mask, false);
   const unsigned source = running / kWarpSize * kWarpSize + lane;
   if (source >= num_threads) fail("a shuffle reads a lane that the block does not have");
   return threads[source].exchanged[turn];
@@ -295,6 +299,8 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, void (*function)(
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const char *order = std::getenv("SAT_EMULATION_ORDER");
+  const char *skip = std::getenv("SAT_EMULATION_SKIP");
+  skipped_line = skip ? std::atoi(skip) : 0;
   const bool reversed = order && std::strcmp(order, "reversed") == 0;
   gridDim = grid;
   blockDim = block;

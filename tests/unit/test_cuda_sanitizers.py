@@ -24,15 +24,16 @@ def place(code):
 WRITE, READ = place("memory->values[PLANTED"), place("float x = memory->values")
 
 
-def run(program, *arguments, order="forward"):
+def run(program, *arguments, order="forward", **variables):
     # Leaks are not looked for: that needs rights that a container does not always give.
-    environment = {"SAT_EMULATION_ORDER": order, "ASAN_OPTIONS": "detect_leaks=0"}
+    variables |= {"SAT_EMULATION_ORDER": order, "ASAN_OPTIONS": "detect_leaks=0"}
+    variables["TSAN_OPTIONS"] = "halt_on_error=1"
     done = subprocess.run(
         [program, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, **environment},
+        env={**os.environ, **variables},
     )
     if "unexpected memory mapping" in done.stderr:
         pytest.skip("ThreadSanitizer cannot run with this kernel's address randomisation")
@@ -85,18 +86,44 @@ def test_a_barrier_that_some_threads_do_not_reach_is_a_deadlock(planted):
     assert done.returncode and "CUDA emulation: deadlock" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("options", "cases"),
-    [
-        (ADDRESS, [(64, 32, 16), (96, 40, 32), (128, 64, 64), (48, 136, 16), (32, 72, 16)]),
-        (THREAD, [(64, 32, 16), (64, 64, 64)]),
-    ],
-    ids=["address-undefined", "thread"],
-)
-def test_sanitizers_find_nothing_in_the_kernels(tmp_path, options, cases):
-    program = tmp_path / "check"
+def check_program(tmp_path_factory, name, options):
+    program = tmp_path_factory.mktemp(name) / "check"
     compile_emulated([EMULATION / "check.cpp", SOURCE], program, *options)
-    for case in cases:
-        for order in ORDERS:
-            done = run(program, *case, order=order)
-            assert done.returncode == 0, f"{case} {order}\n{done.stdout}{done.stderr}"
+    return program
+
+
+@pytest.fixture(scope="module")
+def address_program(tmp_path_factory):
+    return check_program(tmp_path_factory, "address", ADDRESS)
+
+
+@pytest.fixture(scope="module")
+def thread_program(tmp_path_factory):
+    return check_program(tmp_path_factory, "thread", THREAD)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "case", [(64, 32, 16), (96, 40, 32), (128, 64, 64), (48, 136, 16), (32, 72, 16)]
+)
+def test_no_address_is_wrong_in_the_kernels(address_program, case, order):
+    done = run(address_program, *case, order=order)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("case", [(64, 32, 16), (64, 64, 64)])
+def test_there_is_no_race_in_the_kernels(thread_program, case, order):
+    done = run(thread_program, *case, order=order)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+KERNELS = SOURCE.parent / "kernels.hpp"
+BARRIERS = [n for n, line in enumerate(KERNELS.read_text().splitlines(), 1) if "__sync" in line]
+
+
+@pytest.mark.parametrize("line", BARRIERS)
+def test_every_barrier_of_the_kernels_would_be_missed(thread_program, line):
+    """So none is there in vain, and a kernel that loses one does not pass."""
+    done = run(thread_program, 64, 32, 16, SAT_EMULATION_SKIP=str(line))
+    assert done.returncode == 66 and "ThreadSanitizer: data race" in done.stderr
