@@ -1,7 +1,9 @@
 """The CUDA kernels on the CPU: csrc/cuda as plain C++ over tests/emulation, against `reference`.
 
 The emulated library stands in for that of the CPU, so the same operators call it. Every case runs
-with the threads in forward and in reversed order.
+with the threads in forward and in reversed order, and on a GPU where there is one:
+
+    snakemake --cores 2 kernels && python -m pytest tests/unit/test_cuda_emulation.py -k gpu
 """
 
 import ctypes
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from sat.attention import kernels, selection
 
 ORDERS = ("forward", "reversed")
+BACKENDS = {"forward": "cpu", "reversed": "cpu", "gpu": "cuda"}  # what the library stands in for
 EPSILON = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -50,15 +53,21 @@ def library(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="module")
 def emulated(library):
+    real = kernels.load_library
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "load_library", lambda device_type: library)
+        patch.setattr(
+            kernels, "load_library", lambda name: library if name == "cpu" else real(name)
+        )
         yield
 
 
-@pytest.fixture(params=ORDERS)
-def order(request, monkeypatch):
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    """The backend that runs the CUDA kernels: emulated in one of two orders, or on a GPU."""
+    if request.param == "gpu" and (reason := selection.unavailable("cuda")):
+        pytest.skip(reason)
     monkeypatch.setenv("SAT_EMULATION_ORDER", request.param)
-    return request.param
+    return BACKENDS[request.param]
 
 
 def random(shape, seed=0, scale=1.0):
@@ -83,8 +92,9 @@ def random_mask(num_blocks, kind="random"):
 def sparse(mask, block_size, lengths=None, denominator="zero_logits", dropout_p=0.0):
     def call(backend, q, k, v):
         torch.manual_seed(11)  # the seed of the dropout is drawn from it
+        place = None if lengths is None else lengths.to(q.device)
         return selection.run_block_sparse(
-            backend, q, k, v, mask, block_size, lengths, denominator, dropout_p
+            backend, q, k, v, mask.to(q.device), block_size, place, denominator, dropout_p
         )
 
     return call
@@ -93,21 +103,23 @@ def sparse(mask, block_size, lengths=None, denominator="zero_logits", dropout_p=
 def dense(lengths=None, padded_queries="zero", dropout_p=0.0):
     def call(backend, q, k, v):
         torch.manual_seed(11)
-        return selection.run_dense(backend, q, k, v, lengths, padded_queries, True, dropout_p)
+        place = None if lengths is None else lengths.to(q.device)
+        return selection.run_dense(backend, q, k, v, place, padded_queries, True, dropout_p)
 
     return call
 
 
 def run(call, backend, dtype, inputs):
     """Outputs of call(backend, q, k, v) and the gradients of the first one."""
-    *qkv, d_o = (x.to(dtype) for x in inputs)
+    device = "cuda" if backend == "cuda" else "cpu"
+    *qkv, d_o = (x.to(dtype).to(device) for x in inputs)
     leaves = [x.detach().requires_grad_() for x in qkv]
     outputs = call(backend, *leaves)
     gradients = torch.autograd.grad(outputs[0], leaves, d_o)
-    return [x.detach().double() for x in (*outputs, *gradients)]
+    return [x.detach().cpu().double() for x in (*outputs, *gradients)]
 
 
-def check(call, inputs, dtype=torch.float32, rounding=1e-7):
+def check(backend, call, inputs, dtype=torch.float32, rounding=1e-7):
     """At most twice the error of plain PyTorch in the same type, or 1e-5 of the largest value.
 
     Smaller types also round what is written. Where a softmax has one winner, the gradient of its
@@ -118,7 +130,7 @@ def check(call, inputs, dtype=torch.float32, rounding=1e-7):
     rounding *= d_o * v * max(q, k)
     exact = run(call, "reference", torch.float64, inputs)
     plain = run(call, "reference", torch.float32, inputs)
-    ours = run(call, "cpu", dtype, inputs)
+    ours = run(call, backend, dtype, inputs)
     for expected, rough, got in zip(exact, plain, ours, strict=True):
         assert torch.equal(got.isinf(), expected.isinf())  # log-sum-exp of empty rows
         expected, rough, got = (x.nan_to_num(neginf=0) for x in (expected, rough, got))
@@ -134,58 +146,58 @@ def check(call, inputs, dtype=torch.float32, rounding=1e-7):
 @pytest.mark.parametrize("denominator", kernels.DENOMINATORS)
 @pytest.mark.parametrize("block_size", kernels.BLOCK_SIZES)
 @pytest.mark.parametrize("width", [8, 32, 64])
-def test_block_sparse(order, width, block_size, denominator):
+def test_block_sparse(backend, width, block_size, denominator):
     length = 4 * block_size
     lengths = torch.tensor([length, length - block_size - 3, 0], dtype=torch.int32)
     call = sparse(random_mask(4), block_size, lengths, denominator)
-    check(call, random((3, 2, length, width)))
+    check(backend, call, random((3, 2, length, width)))
 
 
 @pytest.mark.parametrize("width", [72, 128, 200, 256])
-def test_wide_heads(order, width):
-    check(sparse(random_mask(3), 32), random((1, 2, 96, width)))
+def test_wide_heads(backend, width):
+    check(backend, sparse(random_mask(3), 32), random((1, 2, 96, width)))
 
 
 @pytest.mark.parametrize("kind", ["none", "one", "all"])
-def test_masks(order, kind):
+def test_masks(backend, kind):
     lengths = torch.tensor([96, 1], dtype=torch.int32)
-    check(sparse(random_mask(3, kind), 32, lengths), random((2, 1, 96, 32)))
+    check(backend, sparse(random_mask(3, kind), 32, lengths), random((2, 1, 96, 32)))
 
 
 @pytest.mark.parametrize("padded_queries", ["zero", "attend"])
 @pytest.mark.parametrize(("length", "width"), [(100, 32), (65, 64), (1, 8), (40, 136)])
-def test_dense_with_the_map(order, length, width, padded_queries):
+def test_dense_with_the_map(backend, length, width, padded_queries):
     lengths = torch.tensor([length, length // 2, 0], dtype=torch.int32)
-    check(dense(lengths, padded_queries), random((3, 2, length, width)))
+    check(backend, dense(lengths, padded_queries), random((3, 2, length, width)))
 
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5])
-def test_dropout_is_that_of_the_reference(order, dropout_p):
-    check(sparse(random_mask(4), 32, dropout_p=dropout_p), random((2, 2, 128, 32)))
-    check(dense(dropout_p=dropout_p), random((2, 2, 70, 32)))
+def test_dropout_is_that_of_the_reference(backend, dropout_p):
+    check(backend, sparse(random_mask(4), 32, dropout_p=dropout_p), random((2, 2, 128, 32)))
+    check(backend, dense(dropout_p=dropout_p), random((2, 2, 70, 32)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_smaller_types(order, dtype):
-    check(sparse(random_mask(4), 32, dropout_p=0.1), random((2, 2, 128, 64)), dtype)
-    check(dense(), random((2, 2, 70, 32)), dtype)
+def test_smaller_types(backend, dtype):
+    check(backend, sparse(random_mask(4), 32, dropout_p=0.1), random((2, 2, 128, 64)), dtype)
+    check(backend, dense(), random((2, 2, 70, 32)), dtype)
 
 
 @pytest.mark.parametrize("scale", [1e4, -1e4])
 @pytest.mark.parametrize("denominator", kernels.DENOMINATORS)
-def test_scores_of_ten_thousand(order, scale, denominator):
+def test_scores_of_ten_thousand(backend, scale, denominator):
     inputs = random((1, 2, 128, 32), scale=scale)
-    check(sparse(random_mask(4), 32, None, denominator), inputs)
-    check(dense(), inputs)
+    check(backend, sparse(random_mask(4), 32, None, denominator), inputs)
+    check(backend, dense(), inputs)
 
 
-def test_odd_strides_and_views_into_packed_qkv(order):
+def test_odd_strides_and_views_into_packed_qkv(backend):
     """Rows that begin anywhere, and rows of 3 tensors in one: read as they lie."""
     d_o = random((2, 2, 64, 32))[3]
     packed = torch.randn(2, 64, 2, 3, 33, generator=torch.Generator().manual_seed(3))
     q, k, v = (packed[..., i, :32].transpose(1, 2) for i in range(3))
     assert q.stride() == (64 * 198, 99, 198, 1)
-    check(sparse(random_mask(2), 32), [q, k, v, d_o])
+    check(backend, sparse(random_mask(2), 32), [q, k, v, d_o])
 
 
 def test_the_orders_give_the_same_bits(monkeypatch):
@@ -199,11 +211,11 @@ def test_the_orders_give_the_same_bits(monkeypatch):
 
 
 @pytest.mark.parametrize("which", range(3))
-def test_nan_in_gives_nan_out(order, which):
+def test_nan_in_gives_nan_out(backend, which):
     q, k, v, _ = random((1, 1, 96, 32))
     (q, k, v)[which][0, 0, 40, 3] = math.nan
     mask = torch.tensor([[1, 0, 1], [1, 1, 0], [0, 1, 0]], dtype=torch.bool)
-    o, _ = sparse(mask, 32)("cpu", q, k, v)
+    o, *_ = run(sparse(mask, 32), backend, torch.float32, [q, k, v, torch.ones_like(q)])
     expected = torch.zeros(96, dtype=torch.bool)
     if which == 0:
         expected[40] = True
@@ -212,12 +224,12 @@ def test_nan_in_gives_nan_out(order, which):
     assert torch.equal(o[0, 0].isnan().any(-1), expected)
 
 
-def test_nan_in_padding_is_not_read(order):
+def test_nan_in_padding_is_not_read(backend):
     inputs = random((1, 2, 64, 32))
     for x in inputs:
         x[:, :, 50:] = math.nan
     lengths = torch.tensor([50], dtype=torch.int32)
-    for x in run(sparse(random_mask(2, "all"), 32, lengths), "cpu", torch.float32, inputs):
+    for x in run(sparse(random_mask(2, "all"), 32, lengths), backend, torch.float32, inputs):
         assert not x.isnan().any()
 
 
@@ -240,7 +252,7 @@ def test_any_shape(data):
     lengths = [draw(st.integers(0, length), "length") for _ in range(batch)]
     denominator = draw(st.sampled_from(kernels.DENOMINATORS), "denominator")
     lengths = torch.tensor(lengths, dtype=torch.int32)
-    check(sparse(mask, block_size, lengths, denominator), random(shape))
+    check("cpu", sparse(mask, block_size, lengths, denominator), random(shape))
 
 
 def problem_of(**changes):
