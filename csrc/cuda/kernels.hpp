@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(S::threads) forward_kernel(const Call c) {
     const float base = highest[a] == -INFINITY ? 0.0f : highest[a];
     const float rest = nothing ? 0.0f : unselected(c, i);
     const float denominator = rest > 0.0f ? total[a] + rest * expf(-base) : total[a];
-    write_row<S>(c, c.o, p, a, sum[a], nothing ? 0.0f : 1.0f / denominator);
+    write_row<S>(c, c.o, p, a, sum[a], !nothing, 1.0f / denominator);
     if (p.lane || i >= c.length) continue;
     // lse + lse_rest = base + log(total): the sum of two floats and its rounding error.
     const float log_total = logf(total[a]), lse = base + log_total, part = lse - base;
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(S::threads) query_gradient_kernel(const Call c
   }
 #pragma unroll
   for (int a = 0; a < S::owned; ++a)
-    write_row<S>(c, c.dq, p, a, sum[a], p.first + p.row + a < p.queries ? c.problem.scale : 0.0f);
+    write_row<S>(c, c.dq, p, a, sum[a], p.first + p.row + a < p.queries, c.problem.scale);
 }
 
 template <class S>
@@ -313,8 +313,8 @@ __global__ void __launch_bounds__(S::threads) key_gradient_kernel(const Call c) 
 #pragma unroll
   for (int a = 0; a < S::owned; ++a) {
     const bool counts = p.first + p.row + a < p.keys;
-    write_row<S>(c, c.dk, p, a, dk[a], counts ? c.problem.scale : 0.0f);
-    write_row<S>(c, c.dv, p, a, dv[a], counts ? 1.0f : 0.0f);
+    write_row<S>(c, c.dk, p, a, dk[a], counts, c.problem.scale);
+    write_row<S>(c, c.dv, p, a, dv[a], counts, 1.0f);
   }
 }
 

@@ -50,7 +50,7 @@ struct Call {
   float kept_factor;         // what a weight that is kept is multiplied by
 };
 
-// The only line that the emulation cannot share with CUDA.
+// Dynamic shared memory as a T: the only lines that the emulation cannot share with CUDA.
 template <class T>
 __device__ __forceinline__ T &dynamic_shared() {
 #ifdef __CUDACC__
@@ -272,21 +272,21 @@ __device__ __forceinline__ void clear(float4 (&sum)[S::owned][S::vectors]) {
     for (int e = 0; e < S::vectors; ++e) sum[a][e] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 }
 
-// Row a of the thread times factor; zeros, even for NaN, where factor is 0.
+// Row a of the thread times factor, or zeros where it is not real.
 template <class S>
 __device__ __forceinline__ void write_row(const Call &c, const Matrix &m, const Place &p, int a,
-                                          const float4 (&sum)[S::vectors], float factor) {
+                                          const float4 (&sum)[S::vectors], bool is_real,
+                                          float factor) {
   const int i = p.first + p.row + a;
   if (i >= c.length) return;
 #pragma unroll
   for (int e = 0; e < S::vectors; ++e) {
     const int d = (p.lane + e * kLanes) * 4;
     if (d >= c.width) continue;
-    const float4 x = sum[e];
-    const float4 y = factor == 0.0f
-                         ? make_float4(0.0f, 0.0f, 0.0f, 0.0f)
-                         : make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor);
-    store4(m, c.problem.dtype, p.offset(m, i) + d, y);
+    float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (is_real)
+      x = make_float4(sum[e].x * factor, sum[e].y * factor, sum[e].z * factor, sum[e].w * factor);
+    store4(m, c.problem.dtype, p.offset(m, i) + d, x);
   }
 }
 

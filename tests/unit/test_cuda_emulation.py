@@ -224,6 +224,15 @@ def test_nan_in_gives_nan_out(backend, which):
     assert torch.equal(o[0, 0].isnan().any(-1), expected)
 
 
+def test_nan_in_a_value_of_weight_zero(backend):
+    """Scores of -10⁴ against zero logits: the weights are 0, and 0 times NaN is NaN."""
+    q, k, v, d_o = random((1, 1, 64, 32))
+    q, k = torch.full_like(q, 1e3), torch.full_like(k, -1e2)
+    v[0, 0, 5, 2] = math.nan
+    o, *_ = run(sparse(random_mask(2, "one"), 32), backend, torch.float32, [q, k, v, d_o])
+    assert o[0, 0, 32:, 2].isnan().all() and not o[0, 0, :, 3].any()
+
+
 def test_nan_in_padding_is_not_read(backend):
     inputs = random((1, 2, 64, 32))
     for x in inputs:
