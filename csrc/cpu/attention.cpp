@@ -19,7 +19,12 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include "instruction_set.hpp"
 
@@ -50,16 +55,22 @@ SAT_INLINE Vec load(const float *p) { return *reinterpret_cast<const UnalignedVe
 SAT_INLINE void store(float *p, Vec x) { *reinterpret_cast<UnalignedVec *>(p) = x; }
 SAT_INLINE Vec splat(float x) { return x - Vec{}; }
 
-// Both give b where b is NaN: the value goes second, the bound first.
+// Both give b where b is NaN: the value goes second, the bound first. The instructions of x86 do just
+// that, but GCC makes a comparison and a blend of the second form.
+#if defined(__AVX2__) && SAT_LANES == 8
+SAT_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+SAT_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+#else
 SAT_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 SAT_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+#endif
 
 SAT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// 2^x to 1e-7 (relative); 0 below 2^-126.5, inf from 2^127.5. The polynomial is the minimax one on
+// 2^x to 1e-7 (relative) for x < 128; 0 below 2^-126.5. The polynomial is the minimax one on
 // [-1/2, 1/2]. Adding `round` leaves the biased exponent in the low bits of the sum.
-SAT_INLINE Vec exp2(Vec x) {
-  x = min(splat(128.0f), max(splat(-127.0f), x));
+SAT_INLINE Vec exp2_below_128(Vec x) {
+  x = max(splat(-127.0f), x);
   const float round = 12582912.0f + 127.0f;  // 1.5 * 2^23 + exponent bias
   const Vec shifted = x + round;
   const Vec f = x - (shifted - round);
@@ -70,6 +81,9 @@ SAT_INLINE Vec exp2(Vec x) {
   y = y * f + 1.000000072f;
   return y * reinterpret_cast<Vec>(reinterpret_cast<IntVec>(shifted) << 23);
 }
+
+// The same for any x; inf from 2^127.5.
+SAT_INLINE Vec exp2(Vec x) { return exp2_below_128(min(splat(128.0f), x)); }
 
 // log2 of a positive normal number; NaN for NaN and inf.
 SAT_INLINE Vec log2(Vec x) {
@@ -84,34 +98,61 @@ SAT_INLINE Vec log2(Vec x) {
   return __builtin_convertvector(exponent, Vec) + (x - x) + static_cast<float>(2 * kLog2e) * s * y;
 }
 
-template <int N>
-struct Size {
-  static constexpr int value = N;
-};
+// A number that the compiler knows, for the sizes that nearly all chunks have: there it knows the
+// loops and addresses of the products.
+template <int64_t N>
+using Known = std::integral_constant<int64_t, N>;
+
+// body(strip, keys, width)
+template <class Body>
+SAT_INLINE void with_known_sizes(int64_t strip, int64_t keys, int64_t width, Body body) {
+  if constexpr (kLanes > 4) {  // not for the baseline, which has no speed to lose
+    const bool full = strip == kStrip && keys == kStrip;
+    if (full && width == 32) return body(Known<kStrip>(), Known<kStrip>(), Known<32>());
+    if (full && width == 64) return body(Known<kStrip>(), Known<kStrip>(), Known<64>());
+  }
+  body(strip, keys, width);
+}
+
+// body(Known<size>, start) for `tiles` tiles of a size from 1 to 6.
+template <class Body>
+SAT_INLINE void for_equal_tiles(int64_t size, int64_t start, int64_t tiles, Body body) {
+  const auto repeat = [&](auto rows) SAT_LAMBDA {
+    for (int64_t tile = 0; tile < tiles; ++tile) body(rows, start + tile * rows.value);
+  };
+  switch (size) {
+    case 6: return repeat(Known<6>());
+    case 5: return repeat(Known<5>());
+    case 4: return repeat(Known<4>());
+    case 3: return repeat(Known<3>());
+    case 2: return repeat(Known<2>());
+    default: return repeat(Known<1>());
+  }
+}
 
 // Up to 6 rows times two registers: 12 accumulators, which with 2 operands and a broadcast fill the
 // 16 registers of AVX2. 32 = 6 + 6 + 5 + 5 + 5 + 5: no remainder tile.
+template <int64_t Count, class Body>
+SAT_INLINE void for_each_tile(Known<Count>, Body body) {
+  constexpr int64_t tiles = (Count + 5) / 6, size = Count / tiles, larger = Count % tiles;
+  for (int64_t i = 0; i < larger * (size + 1); i += size + 1) body(Known<size + 1>(), i);
+  for (int64_t i = larger * (size + 1); i < Count; i += size) body(Known<size>(), i);
+}
+
 template <class Body>
 SAT_INLINE void for_each_tile(int64_t count, Body body) {
   const int64_t tiles = (count + 5) / 6;
-  for (int64_t tile = 0, start = 0; tile < tiles; ++tile) {
-    const int64_t size = count / tiles + (tile < count % tiles);
-    switch (size) {
-      case 6: body(Size<6>(), start); break;
-      case 5: body(Size<5>(), start); break;
-      case 4: body(Size<4>(), start); break;
-      case 3: body(Size<3>(), start); break;
-      case 2: body(Size<2>(), start); break;
-      default: body(Size<1>(), start); break;
-    }
-    start += size;
-  }
+  if (tiles == 0) return;
+  const int64_t size = count / tiles, larger = count % tiles;
+  if (larger) for_equal_tiles(size + 1, 0, larger, body);
+  for_equal_tiles(size, larger * (size + 1), tiles - larger, body);
 }
 
 template <int Rows, int Registers, class Done>
 SAT_INLINE void product_tile(const float *a, int64_t a_row, int64_t a_step, const float *x,
                              int64_t x_step, int64_t n, Done done) {
   Vec sum[Rows][Registers] = {};
+#pragma GCC unroll 2
   for (int64_t t = 0; t < n; ++t) {
     Vec operand[Registers];
 #pragma GCC unroll 2
@@ -134,27 +175,28 @@ SAT_INLINE void product_tile(const float *a, int64_t a_row, int64_t a_step, cons
 
 // done(i, c, column) for all i < count in groups of up to 6 and c < width in steps of a register,
 // where column[r] = sum_{t < n} a[(i + r) * a_row + t * a_step] * x[t * x_step + c ...].
-template <class Done>
-SAT_INLINE void product(int64_t count, int64_t width, const float *a, int64_t a_row, int64_t a_step,
+template <class Count, class Width, class Done>
+SAT_INLINE void product(Count count, Width width, const float *a, int64_t a_row, int64_t a_step,
                         const float *x, int64_t x_step, int64_t n, Done done) {
+  constexpr int64_t kPair = 2 * kLanes;
   for_each_tile(count, [&](auto rows, int64_t i) SAT_LAMBDA {
     constexpr int kRows = decltype(rows)::value;
-    const float *a_tile = a + i * a_row;
-    int64_t c = 0;
-    for (; c + 2 * kLanes <= width; c += 2 * kLanes)
-      product_tile<kRows, 2>(a_tile, a_row, a_step, x + c, x_step, n,
-                             [&](int64_t dc, auto &column)
-                                 SAT_LAMBDA { done(i, c + dc, column); });
-    if (c < width)
-      product_tile<kRows, 1>(a_tile, a_row, a_step, x + c, x_step, n,
-                             [&](int64_t dc, auto &column)
-                                 SAT_LAMBDA { done(i, c + dc, column); });
+    const auto column = [&](auto registers, int64_t c) SAT_LAMBDA {
+      product_tile<kRows, decltype(registers)::value>(
+          a + i * a_row, a_row, a_step, x + c, x_step, n,
+          [&](int64_t dc, auto &sums) SAT_LAMBDA { done(i, c + dc, sums); });
+    };
+    for (int64_t c = 0; c + kPair <= width; c += kPair) column(Known<2>(), c);
+    if constexpr (std::is_same_v<Width, int64_t>)
+      if (width % kPair) column(Known<1>(), width / kPair * kPair);
   });
 }
 
 // out[i][c] += sum_t a[i * a_row + t * a_step] * x[t][c]
-void add_product(int64_t count, int64_t width, const float *a, int64_t a_row, int64_t a_step,
-                 const float *x, int64_t x_step, int64_t n, float *out, int64_t out_row) {
+template <class Count, class Width>
+SAT_INLINE void add_product(Count count, Width width, const float *a, int64_t a_row,
+                            int64_t a_step, const float *x, int64_t x_step, int64_t n, float *out,
+                            int64_t out_row) {
   product(count, width, a, a_row, a_step, x, x_step, n,
           [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
             float *p = out + i * out_row + c;
@@ -164,6 +206,13 @@ void add_product(int64_t count, int64_t width, const float *a, int64_t a_row, in
               p += out_row;
             }
           });
+}
+
+// The same where no size is known: one copy, so that the library stays small.
+__attribute__((noinline)) void add_product(int64_t count, int64_t width, const float *a,
+                                           int64_t a_row, int64_t a_step, const float *x,
+                                           int64_t x_step, int64_t n, float *out, int64_t out_row) {
+  add_product<int64_t, int64_t>(count, width, a, a_row, a_step, x, x_step, n, out, out_row);
 }
 
 float *at(const sat_tensor &t, int64_t batch, int64_t head, int64_t row) {
@@ -288,9 +337,10 @@ struct Plan {
 
   // True if no real key is selected: the output is 0 and the log-sum-exp -inf.
   bool empty(int64_t index, int64_t keys) const {
-    bool none = true;
-    for_each_chunk(index, keys, [&](int64_t, int64_t) { none = false; });
-    return none;
+    if (!call.blocks) return keys <= 0;
+    const sat_blocks &b = *call.blocks;
+    const int64_t row = index / parts;  // columns ascend
+    return b.row_ptr[row] == b.row_ptr[row + 1] || b.col_idx[b.row_ptr[row]] * b.block_size >= keys;
   }
 
   // c_i, the number of unselected columns that count as a score of 0.
@@ -378,37 +428,50 @@ struct ForwardScratch {
   }
 };
 
-// Unnormalised output and row sums of a strip, with weights exp2(score - shift). keep: the weights
-// of key j stay at weights[j], otherwise each chunk overwrites the last.
+// Adds a chunk to the unnormalised output and row sums of a strip: weights exp2(score - shift).
+template <bool kShifted, class Strip, class Keys, class Width>
+SAT_INLINE void weigh_chunk(const Plan &plan, int64_t batch, int64_t head, int64_t j,
+                            Strip strip, Keys keys, Width width, float *weights, ForwardScratch &s) {
+  const Call &call = plan.call;
+  product(keys, strip, at(call.k, batch, head, j), call.k.row_stride, 1, s.q, strip, width,
+          [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
+            Vec sum = load(s.sum + c);
+            float *to = weights + i * strip + c;
+#pragma GCC unroll 6
+            for (Vec score : column) {
+              const Vec p = kShifted ? exp2_below_128(score - load(s.shift + c)) : exp2(score);
+              store(to, p);
+              sum += p;
+              to += strip;
+            }
+            store(s.sum + c, sum);
+          });
+  if (plan.threshold) {
+    s.dropout.draw(plan, j, keys);
+    for (int64_t e = 0; e < keys * strip; ++e) s.dropout.factors[e] *= weights[e];
+    weights = s.dropout.factors;
+  }
+  add_product(width, strip, at(call.v, batch, head, j), 1, call.v.row_stride, weights,
+              strip, keys, s.o, strip);
+}
+
+// Unnormalised output and row sums of a strip. kShifted: s.shift is what is taken from the scores,
+// else 0. keep: the weights of key j stay at weights[j], otherwise each chunk overwrites the last.
+template <bool kShifted>
 void weigh(const Plan &plan, int64_t batch, int64_t head, int64_t index, bool keep,
            ForwardScratch &s) {
-  const Call &call = plan.call;
-  const int64_t width = call.problem.width, strip = plan.strip;
+  const int64_t width = plan.call.problem.width, strip = plan.strip;
   std::memset(s.sum, 0, strip * sizeof(float));
   std::memset(s.o, 0, width * strip * sizeof(float));
   plan.for_each_chunk(index, plan.real_keys(batch), [&](int64_t j, int64_t n) SAT_LAMBDA {
     float *weights = s.weights + (keep ? j * strip : 0);
-    product(n, strip, at(call.k, batch, head, j), call.k.row_stride, 1, s.q, strip, width,
-            [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
-              const Vec shift = load(s.shift + c);
-              Vec sum = load(s.sum + c);
-              float *to = weights + i * strip + c;
-#pragma GCC unroll 6
-              for (Vec score : column) {
-                const Vec p = exp2(score - shift);
-                store(to, p);
-                sum += p;
-                to += strip;
-              }
-              store(s.sum + c, sum);
-            });
-    if (plan.threshold) {
-      s.dropout.draw(plan, j, n);
-      for (int64_t e = 0; e < n * strip; ++e) s.dropout.factors[e] *= weights[e];
-      weights = s.dropout.factors;
-    }
-    add_product(width, strip, at(call.v, batch, head, j), 1, call.v.row_stride, weights, strip, n,
-                s.o, strip);
+    const auto weigh = [&](auto strip, auto keys, auto width) SAT_LAMBDA {
+      weigh_chunk<kShifted>(plan, batch, head, j, strip, keys, width, weights, s);
+    };
+    if constexpr (kShifted)  // the exception
+      weigh(strip, n, width);
+    else
+      with_known_sizes(strip, n, width, weigh);
   });
 }
 
@@ -457,10 +520,10 @@ bool forward_strip(const Plan &plan, int64_t batch, int64_t head, int64_t index,
        static_cast<float>(problem.scale * kLog2e), s.q);
   if (plan.threshold) s.dropout.seed(plan, batch, head, index);
   std::memset(s.shift, 0, strip * sizeof(float));
-  weigh(plan, batch, head, index, keep, s);
+  weigh<false>(plan, batch, head, index, keep, s);
   if (!in_range(s.sum, rows)) {
     find_shift(plan, batch, head, index, s);
-    weigh(plan, batch, head, index, keep, s);
+    weigh<true>(plan, batch, head, index, keep, s);
   }
   const float constant = plan.constant(index);
   for (int64_t c = 0; c < strip; c += kLanes) {
@@ -593,28 +656,28 @@ int64_t prepare(const Plan &plan, int64_t batch, int64_t head, int64_t index, Ba
   return rows;
 }
 
-// The part of a strip and n keys from key j on in dQ (query_side) and in dK and dV (key_side).
-// Both ways of `backward` go through this one function, so that both give the same bits.
-template <bool kDropout>
-__attribute__((noinline)) void backward_tile(const Plan &plan, int64_t batch, int64_t head,
-                                             int64_t index, int64_t rows, int64_t j, int64_t n,
-                                             bool query_side, bool key_side, BackwardScratch &s) {
+// The part of a strip and the keys from key j on in dQ (query_side) and in dK and dV (key_side).
+template <class Strip, class Keys, class Width>
+SAT_INLINE void backward_tile_of(const Plan &plan, int64_t batch, int64_t head, int64_t index,
+                              int64_t j, Strip strip, Keys keys, Width width, int64_t rows,
+                              bool query_side, bool key_side, BackwardScratch &s) {
   const Call &call = plan.call;
-  const int64_t width = call.problem.width, strip = plan.strip, first = index * strip;
+  const int64_t first = index * strip;
   const float *k = at(call.k, batch, head, j);
-  if (kDropout) s.dropout.draw(plan, j, n);
-  product(n, strip, k, call.k.row_stride, 1, s.q, strip, width,
+  const bool dropout = plan.threshold > 0;
+  if (dropout) s.dropout.draw(plan, j, keys);
+  product(keys, strip, k, call.k.row_stride, 1, s.q, strip, width,
           [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
             const Vec norm = load(s.norm + c), rest = load(s.norm_rest + c);
             float *to = s.weights + i * strip + c;
 #pragma GCC unroll 6
             for (Vec score : column) {
-              store(to, exp2(score - norm - rest));
+              store(to, exp2_below_128(score - norm - rest));
               to += strip;
             }
           });
-  product(n, strip, at(call.v, batch, head, j), call.v.row_stride, 1, s.d_o, strip, width,
-          [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
+  product(keys, strip, at(call.v, batch, head, j), call.v.row_stride, 1, s.d_o, strip,
+          width, [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
             const Vec delta = load(s.delta + c);
             float *p = s.weights + i * strip + c;
             float *to = s.d_scores + i * strip + c;
@@ -622,7 +685,7 @@ __attribute__((noinline)) void backward_tile(const Plan &plan, int64_t batch, in
 #pragma GCC unroll 6
             for (Vec d_weight : column) {
               const Vec weight = load(p);
-              if (kDropout) {
+              if (dropout) {
                 d_weight *= load(factor);
                 store(p, weight * load(factor));
                 factor += strip;
@@ -633,19 +696,27 @@ __attribute__((noinline)) void backward_tile(const Plan &plan, int64_t batch, in
             }
           });
   if (query_side)
-    add_product(width, strip, k, 1, call.k.row_stride, s.d_scores, strip, n, s.dq, strip);
+    add_product(width, strip, k, 1, call.k.row_stride, s.d_scores, strip, keys, s.dq,
+                strip);
   if (key_side) {
-    add_product(n, width, s.weights, strip, 1, at(call.d_o, batch, head, first),
-                call.d_o.row_stride, rows, at(call.dv, batch, head, j), call.dv.row_stride);
-    add_product(n, width, s.d_scores, strip, 1, at(call.q, batch, head, first),
-                call.q.row_stride, rows, at(call.dk, batch, head, j), call.dk.row_stride);
+    const auto add = [&](const float *weights, const sat_tensor &x, const sat_tensor &to) SAT_LAMBDA {
+      add_product(keys, width, weights, strip, 1, at(x, batch, head, first), x.row_stride,
+                  rows, at(to, batch, head, j), to.row_stride);
+    };
+    add(s.weights, call.d_o, call.dv);
+    add(s.d_scores, call.q, call.dk);
   }
 }
 
-void backward_tile(const Plan &plan, int64_t batch, int64_t head, int64_t index, int64_t rows,
-                   int64_t j, int64_t n, bool query_side, bool key_side, BackwardScratch &s) {
-  const auto tile = plan.threshold ? backward_tile<true> : backward_tile<false>;
-  tile(plan, batch, head, index, rows, j, n, query_side, key_side, s);
+// Both ways of `backward` go through this one function, so that both give the same bits.
+__attribute__((noinline)) void backward_tile(const Plan &plan, int64_t batch, int64_t head,
+                                             int64_t index, int64_t rows, int64_t j, int64_t n,
+                                             bool query_side, bool key_side, BackwardScratch &s) {
+  with_known_sizes(plan.strip, n, plan.call.problem.width,
+                   [&](auto strip, auto keys, auto width) SAT_LAMBDA {
+                     backward_tile_of(plan, batch, head, index, j, strip, keys, width, rows,
+                                      query_side, key_side, s);
+                   });
 }
 
 // dQ of a strip, and with key_side its part of dK and dV.

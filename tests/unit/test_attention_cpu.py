@@ -248,8 +248,12 @@ def test_operators_pass_opcheck():
     lengths = torch.tensor([50], dtype=torch.int32)
     for seed, dropout_p in ((None, 0.0), (torch.tensor(3), 0.2)):
         sparse_options = lengths, seed, 16, "zero_logits", dropout_p
-        torch.library.opcheck(kernels.block_sparse, (*leaves, random_mask(4), *sparse_options))
-        torch.library.opcheck(kernels.dense, (*leaves, lengths, None, seed, dropout_p, True))
+        torch.library.opcheck(
+            kernels.block_sparse_operator, (*leaves, random_mask(4), *sparse_options)
+        )
+        torch.library.opcheck(
+            kernels.dense_operator, (*leaves, lengths, None, seed, dropout_p, True)
+        )
 
 
 def test_auto_takes_the_kernels_and_the_table_says_so(kernels_dir, capsys):
