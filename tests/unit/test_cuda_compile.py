@@ -1,12 +1,16 @@
 """csrc/cuda compiled by nvcc, for real: no warning, no large spill, every architecture is known."""
 
+import ctypes
 import re
 import shutil
 import subprocess
 
 import build_kernels
 import pytest
+import torch
 from cuda_emulation import ROOT
+
+from sat.attention import kernels
 
 NVCC = build_kernels.find_nvcc()
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc here")
@@ -42,3 +46,20 @@ def test_the_library_compiles_for_the_oldest_and_the_newest(tmp_path):
     # forward, map, two gradients in 8 shapes each, and delta
     assert len(spills) == 2 * (4 * 8 + 1), "a kernel is missing, or it is not in the report"
     assert max(spills) <= MOST_SPILLED
+    loads_and_answers(library)
+
+
+def loads_and_answers(library):
+    """Also where there is no driver; then a launch gives CUDA's error instead of ending the process."""
+    cuda = ctypes.CDLL(str(library))
+    assert cuda.sat_abi_version() == kernels.ABI_VERSION
+    for name, arguments in kernels._SIGNATURES.items():
+        getattr(cuda, name).argtypes = arguments
+    q = torch.zeros(1, 1, 64, 32)
+    problem = kernels._problem(q, None, None, "zero_logits", 0.0, None)
+    arguments = [ctypes.byref(kernels._tensor(q))] * 4
+    no_blocks = ctypes.byref(kernels._Blocks(0))
+    bad = cuda.sat_block_sparse_forward(ctypes.byref(problem), no_blocks, *arguments, *[None] * 3)
+    assert bad == -1
+    if not torch.cuda.is_available():
+        assert cuda.sat_dense_forward(ctypes.byref(problem), *arguments, *[None] * 4) > 0
