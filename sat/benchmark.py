@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+from sat.launch import with_allocator_settings
+
 HEADS, WIDTH = 2, 32
 BATCHES, LENGTHS, BLOCKS = (8, 32), (1024, 2048, 4096), (32, 64)
 DENSITIES = (0.02, 0.05, 0.1, 0.25, 1.0)
@@ -263,7 +265,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from sat.launch import with_allocator_settings
-
-    with_allocator_settings()
+    with_allocator_settings()  # before torch is imported
     main()

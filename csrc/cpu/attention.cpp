@@ -114,22 +114,6 @@ SAT_INLINE void with_known_sizes(int64_t strip, int64_t keys, int64_t width, Bod
   body(strip, keys, width);
 }
 
-// body(Known<size>, start) for `tiles` tiles of a size from 1 to 6.
-template <class Body>
-SAT_INLINE void for_equal_tiles(int64_t size, int64_t start, int64_t tiles, Body body) {
-  const auto repeat = [&](auto rows) SAT_LAMBDA {
-    for (int64_t tile = 0; tile < tiles; ++tile) body(rows, start + tile * rows.value);
-  };
-  switch (size) {
-    case 6: return repeat(Known<6>());
-    case 5: return repeat(Known<5>());
-    case 4: return repeat(Known<4>());
-    case 3: return repeat(Known<3>());
-    case 2: return repeat(Known<2>());
-    default: return repeat(Known<1>());
-  }
-}
-
 // Up to 6 rows times two registers: 12 accumulators, which with 2 operands and a broadcast fill the
 // 16 registers of AVX2. 32 = 6 + 6 + 5 + 5 + 5 + 5: no remainder tile.
 template <int64_t Count, class Body>
@@ -139,13 +123,16 @@ SAT_INLINE void for_each_tile(Known<Count>, Body body) {
   for (int64_t i = larger * (size + 1); i < Count; i += size) body(Known<size>(), i);
 }
 
+// The same for any count; few sizes, so that the library stays small: 6, 5 and 1.
 template <class Body>
 SAT_INLINE void for_each_tile(int64_t count, Body body) {
   const int64_t tiles = (count + 5) / 6;
-  if (tiles == 0) return;
-  const int64_t size = count / tiles, larger = count % tiles;
-  if (larger) for_equal_tiles(size + 1, 0, larger, body);
-  for_equal_tiles(size, larger * (size + 1), tiles - larger, body);
+  const int64_t fives = 5 * tiles <= count ? 6 * tiles - count : 0;  // else sixes and single rows
+  const int64_t sixes = fives ? tiles - fives : count / 6;
+  int64_t i = 0;
+  for (; i < 6 * sixes; i += 6) body(Known<6>(), i);
+  for (; i < 6 * sixes + 5 * fives; i += 5) body(Known<5>(), i);
+  for (; i < count; ++i) body(Known<1>(), i);
 }
 
 template <int Rows, int Registers, class Done>
