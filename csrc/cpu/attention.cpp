@@ -36,6 +36,8 @@
 
 #define SAT_INLINE inline __attribute__((always_inline))
 #define SAT_LAMBDA __attribute__((always_inline))
+// For the inner loops: within a larger function GCC runs out of registers for them.
+#define SAT_ALONE __attribute__((noinline))
 
 namespace sat {
 namespace SAT_SET {
@@ -196,7 +198,7 @@ SAT_INLINE void add_product(Count count, Width width, const float *a, int64_t a_
 }
 
 // The same where no size is known: one copy, so that the library stays small.
-__attribute__((noinline)) void add_product(int64_t count, int64_t width, const float *a,
+SAT_ALONE void add_product(int64_t count, int64_t width, const float *a,
                                            int64_t a_row, int64_t a_step, const float *x,
                                            int64_t x_step, int64_t n, float *out, int64_t out_row) {
   add_product<int64_t, int64_t>(count, width, a, a_row, a_step, x, x_step, n, out, out_row);
@@ -293,20 +295,20 @@ struct Plan {
   int64_t real_keys(int64_t batch) const { return real(call.problem.key_lengths, batch); }
   int64_t real_queries(int64_t batch) const { return real(call.problem.query_lengths, batch); }
 
-  // body(first, count) for the chunks of real keys that a strip attends to.
+  // body(first, count) for the chunks of real keys that a strip attends to. One call of body, which
+  // is large and inlined.
   template <class Body>
   SAT_INLINE void for_each_chunk(int64_t index, int64_t keys, Body body) const {
-    if (!call.blocks) {
-      for (int64_t j = 0; j < keys; j += strip) body(j, least(strip, keys - j));
-      return;
+    const sat_blocks *b = call.blocks;
+    const int64_t row = index / parts, part_bits = parts - 1;  // 1 or 2 parts
+    const int32_t *columns = b ? b->col_idx + b->row_ptr[row] : nullptr;
+    const int64_t count =
+        b ? (b->row_ptr[row + 1] - b->row_ptr[row]) * parts : (keys + strip - 1) / strip;
+    for (int64_t e = 0; e < count; ++e) {
+      const int64_t chunk = b ? columns[e >> part_bits] * parts + (e & part_bits) : e;
+      const int64_t j = chunk * strip;
+      if (j < keys) body(j, least(strip, keys - j));
     }
-    const sat_blocks &b = *call.blocks;
-    const int64_t row = index / parts;
-    for (int32_t e = b.row_ptr[row]; e < b.row_ptr[row + 1]; ++e)
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t j = b.col_idx[e] * b.block_size + part * strip;
-        if (j < keys) body(j, least(strip, keys - j));
-      }
   }
 
   // body(index) for the strips that attend to a chunk: the transpose of the above.
@@ -417,7 +419,7 @@ struct ForwardScratch {
 
 // Adds a chunk to the unnormalised output and row sums of a strip: weights exp2(score - shift).
 template <bool kShifted, class Strip, class Keys, class Width>
-SAT_INLINE void weigh_chunk(const Plan &plan, int64_t batch, int64_t head, int64_t j,
+SAT_ALONE void weigh_chunk(const Plan &plan, int64_t batch, int64_t head, int64_t j,
                             Strip strip, Keys keys, Width width, float *weights, ForwardScratch &s) {
   const Call &call = plan.call;
   product(keys, strip, at(call.k, batch, head, j), call.k.row_stride, 1, s.q, strip, width,
@@ -645,7 +647,7 @@ int64_t prepare(const Plan &plan, int64_t batch, int64_t head, int64_t index, Ba
 
 // The part of a strip and the keys from key j on in dQ (query_side) and in dK and dV (key_side).
 template <class Strip, class Keys, class Width>
-SAT_INLINE void backward_tile_of(const Plan &plan, int64_t batch, int64_t head, int64_t index,
+SAT_ALONE void backward_tile_of(const Plan &plan, int64_t batch, int64_t head, int64_t index,
                               int64_t j, Strip strip, Keys keys, Width width, int64_t rows,
                               bool query_side, bool key_side, BackwardScratch &s) {
   const Call &call = plan.call;
@@ -696,7 +698,7 @@ SAT_INLINE void backward_tile_of(const Plan &plan, int64_t batch, int64_t head, 
 }
 
 // Both ways of `backward` go through this one function, so that both give the same bits.
-__attribute__((noinline)) void backward_tile(const Plan &plan, int64_t batch, int64_t head,
+SAT_ALONE void backward_tile(const Plan &plan, int64_t batch, int64_t head,
                                              int64_t index, int64_t rows, int64_t j, int64_t n,
                                              bool query_side, bool key_side, BackwardScratch &s) {
   with_known_sizes(plan.strip, n, plan.call.problem.width,
