@@ -375,9 +375,13 @@ _direct_dense = _direct(_dense, _dense_setup, _dense_gradients)
 
 def block_sparse(q, *options):
     """_block_sparse with gradients; see there."""
-    return (_direct_block_sparse if _is_plain(q) else block_sparse_operator)(q, *options)
+    if not _is_plain(q):
+        return block_sparse_operator(q, *options)
+    return (_direct_block_sparse if torch.is_grad_enabled() else _block_sparse)(q, *options)
 
 
 def dense(q, *options):
     """_dense with gradients; see there."""
-    return (_direct_dense if _is_plain(q) else dense_operator)(q, *options)
+    if not _is_plain(q):
+        return dense_operator(q, *options)
+    return (_direct_dense if torch.is_grad_enabled() else _dense)(q, *options)
