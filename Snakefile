@@ -4,6 +4,7 @@
 #   snakemake all --cores 2 --configfile config/demo.yaml          the offline demo
 #   snakemake --cores 8 --use-conda listops                        one task
 #   snakemake --cores 1 table                                      the results table
+#   snakemake --cores 1 --use-conda benchmark                      time and memory of attention
 #
 # workflow/rules/ holds the rules in the order in which the data flow, config/config.yaml the settings.
 
@@ -53,10 +54,12 @@ include: "workflow/rules/preprocess.smk"
 include: "workflow/rules/kernels.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/results.smk"
+include: "workflow/rules/benchmark.smk"
 
 
 localrules:
     all,
+    benchmark,
     data,
     kernels,
     figures,

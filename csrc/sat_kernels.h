@@ -11,6 +11,21 @@
  *     c_i  = length - n_i (SAT_ZERO_LOGITS)   or   0 (SAT_RENORMALISED)
  *     lse_i = log sum_{j in J_i} exp(s_ij)      (without c_i, whatever the denominator)
  *
+ * The log-sum-exp is held in two floats, lse_i + lse_rest_i, the second the rounding error of the
+ * first: at scores of 10^4 the last digit of one float would move every p_ij by a thousandth.
+ *
+ * With dropout_p > 0, o_i = sum_j m_ij p_ij v_j and the map stays that of p. The factor m_ij is 0 or
+ * 2^24 / (2^24 - t) with t = floor(2^24 dropout_p + 1/2), a function of the seed and the place only.
+ * In wrapping unsigned arithmetic (64 bits for z, 32 bits for x):
+ *
+ *     z = seed + 0x9E3779B97F4A7C15 * ((batch * heads + head) * length + i + 1)
+ *     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;  z = (z ^ z >> 27) * 0x94D049BB133111EB;  z ^= z >> 31
+ *     x = low 32 bits of z + 0x9E3779B9 * j;   x = (x ^ x >> 16) * 0x7FEB352D
+ *     x = ((x ^ x >> 15) + high 32 bits of z) * 0x846CA68B;   x ^= x >> 16
+ *     m_ij = 0 if (x >> 8) < t
+ *
+ * (the rounds of SplitMix64 for a row, multiply-xorshift rounds for an element of it).
+ *
  * lse_i = -inf says that J_i is empty or that row i is padding; then o_i = 0, row i sends no
  * gradient and receives none. Dense attention is the case J_i = all real keys, c_i = 0.
  * A NaN in a row that is read gives NaN; finite scores never overflow.
@@ -23,7 +38,7 @@
 #include <stdint.h>
 
 /* Raised with every change of this file that a caller could notice. */
-#define SAT_ABI_VERSION 1
+#define SAT_ABI_VERSION 2
 
 #if defined(__GNUC__)
 #define SAT_API __attribute__((visibility("default")))
@@ -35,9 +50,10 @@
 extern "C" {
 #endif
 
-/* float32 [batch, heads, length, width]; strides in elements, the last dimension is contiguous. */
+/* [batch, heads, length, width] of problem->dtype; strides in elements, the last dimension is
+ * contiguous. */
 typedef struct sat_tensor {
-  float *data;
+  void *data;
   int64_t batch_stride, head_stride, row_stride;
 } sat_tensor;
 
@@ -47,6 +63,9 @@ typedef struct sat_problem {
   const int32_t *query_lengths;        /* [batch] real queries of each sequence; NULL: all */
   float scale;
   int32_t denominator; /* SAT_ZERO_LOGITS or SAT_RENORMALISED; dense attention ignores it */
+  int32_t dtype;       /* of every sat_tensor; sums are float32. The CPU library: SAT_FLOAT32 only */
+  float dropout_p;     /* in [0, 1); 0: no dropout */
+  uint64_t seed;       /* of the dropout; the backward takes that of its forward */
 } sat_problem;
 
 /* The block mask shared by batch and heads, in CSR and in CSR of its transpose; indices ascend in
@@ -58,6 +77,7 @@ typedef struct sat_blocks {
 } sat_blocks;
 
 enum { SAT_ZERO_LOGITS = 0, SAT_RENORMALISED = 1 };
+enum { SAT_FLOAT32 = 0, SAT_BFLOAT16 = 1, SAT_FLOAT16 = 2 };
 
 /* What every function below that returns int returns; positive values are cudaError_t. */
 enum { SAT_OK = 0, SAT_BAD_ARGUMENT = -1, SAT_NO_MEMORY = -2, SAT_NOT_SUPPORTED = -3 };
@@ -74,30 +94,30 @@ SAT_API int sat_use_instruction_set(const char *name);
 /* Threads of the calls that follow; below 1 means one. The CUDA library ignores it. */
 SAT_API void sat_set_num_threads(int num_threads);
 
-/* o: output like q; lse: float32 [batch, heads, length], contiguous. */
+/* o: output like q; lse, lse_rest: float32 [batch, heads, length], contiguous. */
 SAT_API int sat_block_sparse_forward(const sat_problem *problem, const sat_blocks *blocks,
                                      const sat_tensor *q, const sat_tensor *k, const sat_tensor *v,
-                                     const sat_tensor *o, float *lse, void *stream);
+                                     const sat_tensor *o, float *lse, float *lse_rest, void *stream);
 
 /* Gradients dq, dk, dv (every element is written) for the gradient d_o of o. delta: scratch of
  * float32 [batch, heads, length] that the CUDA library needs and the CPU library does not touch. */
 SAT_API int sat_block_sparse_backward(const sat_problem *problem, const sat_blocks *blocks,
                                       const sat_tensor *q, const sat_tensor *k,
                                       const sat_tensor *v, const sat_tensor *o, const float *lse,
-                                      const sat_tensor *d_o, const sat_tensor *dq,
-                                      const sat_tensor *dk, const sat_tensor *dv, float *delta,
-                                      void *stream);
+                                      const float *lse_rest, const sat_tensor *d_o,
+                                      const sat_tensor *dq, const sat_tensor *dk,
+                                      const sat_tensor *dv, float *delta, void *stream);
 
 /* map: NULL, or float32 [length, length]: the mean of p over batch and heads. */
 SAT_API int sat_dense_forward(const sat_problem *problem, const sat_tensor *q, const sat_tensor *k,
-                              const sat_tensor *v, const sat_tensor *o, float *lse, float *map,
-                              void *stream);
+                              const sat_tensor *v, const sat_tensor *o, float *lse, float *lse_rest,
+                              float *map, void *stream);
 
 SAT_API int sat_dense_backward(const sat_problem *problem, const sat_tensor *q,
                                const sat_tensor *k, const sat_tensor *v, const sat_tensor *o,
-                               const float *lse, const sat_tensor *d_o, const sat_tensor *dq,
-                               const sat_tensor *dk, const sat_tensor *dv, float *delta,
-                               void *stream);
+                               const float *lse, const float *lse_rest, const sat_tensor *d_o,
+                               const sat_tensor *dq, const sat_tensor *dk, const sat_tensor *dv,
+                               float *delta, void *stream);
 
 #ifdef __cplusplus
 }

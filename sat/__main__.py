@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from sat import config as settings
+from sat.launch import with_allocator_settings
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -122,4 +123,5 @@ def _fail(error: Exception) -> int:
 
 
 if __name__ == "__main__":
+    with_allocator_settings()
     sys.exit(main())

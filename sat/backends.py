@@ -19,7 +19,7 @@ HEADER = ("backend", "available", "correct", "speed")
 
 def milliseconds(backend: str) -> float:
     """Median time of one forward and backward; see the head of this file."""
-    device = "cuda" if backend == "cuda" else "cpu"
+    device = "cuda" if backend in ("cuda", "flex") else "cpu"
     generator = torch.Generator().manual_seed(0)
     q, k, v, d_o = (torch.randn(4, 2, 1024, 32, generator=generator).to(device) for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v)]

@@ -9,16 +9,22 @@
 // transposed, S'[key][query], so that the queries lie in the lanes: k, v, q and dO are then read in
 // place, only q and dO of a strip are packed, and the sum over a row is a vertical operation.
 //
-//   forward    P' = exp2(S' - shift),  sum += P',  O' += V' P',  o = O' / (sum + c exp2(-shift))
-//   backward   P' = exp2(S' - L),  dS' = P' (V dO' - delta),  L = log2(exp2(lse) + c)
-//              dV += P' dO,  dK += dS' q,  dQ' += K' dS',  delta_i = <dO_i, o_i>
+//   forward    P' = exp2(S' - shift),  sum += P',  O' += V' (M P'),  o = O' / (sum + c exp2(-shift))
+//   backward   P' = exp2(S' - L),  dS' = P' (M V dO' - delta),  L = log2(exp2(lse) + c)
+//              dV += M P' dO,  dK += dS' q,  dQ' += K' dS',  delta_i = <dO_i, o_i>
 //
+// with M the factors of dropout, drawn anew in the backward.
 // All five products are one register tile, `product`. The scale and log2(e) are folded into the
 // packed q, the scale of dS into the packed dO and delta.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include "instruction_set.hpp"
 
@@ -30,6 +36,8 @@
 
 #define SAT_INLINE inline __attribute__((always_inline))
 #define SAT_LAMBDA __attribute__((always_inline))
+// For the inner loops: within a larger function GCC runs out of registers for them.
+#define SAT_ALONE __attribute__((noinline))
 
 namespace sat {
 namespace SAT_SET {
@@ -37,27 +45,34 @@ namespace {
 
 constexpr int64_t kLanes = SAT_LANES;
 constexpr int64_t kStrip = 32;  // queries of a strip and keys of a chunk
-constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kLn2 = 0.693147180559945309f;
+constexpr double kLog2e = 1.44269504088896341;
+constexpr double kLn2 = 0.693147180559945309;
 
 typedef float Vec __attribute__((vector_size(4 * SAT_LANES)));
 typedef float UnalignedVec __attribute__((vector_size(4 * SAT_LANES), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(4 * SAT_LANES)));
+typedef uint32_t WordVec __attribute__((vector_size(4 * SAT_LANES), aligned(4), may_alias));
 
 SAT_INLINE Vec load(const float *p) { return *reinterpret_cast<const UnalignedVec *>(p); }
 SAT_INLINE void store(float *p, Vec x) { *reinterpret_cast<UnalignedVec *>(p) = x; }
 SAT_INLINE Vec splat(float x) { return x - Vec{}; }
 
-// Both give b where b is NaN: the value goes second, the bound first.
+// Both give b where b is NaN: the value goes second, the bound first. The instructions of x86 do just
+// that, but GCC makes a comparison and a blend of the second form.
+#if defined(__AVX2__) && SAT_LANES == 8
+SAT_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+SAT_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+#else
 SAT_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 SAT_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+#endif
 
 SAT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// 2^x to 1e-7 (relative); 0 below 2^-126.5, inf from 2^127.5. The polynomial is the minimax one on
+// 2^x to 1e-7 (relative) for x < 128; 0 below 2^-126.5. The polynomial is the minimax one on
 // [-1/2, 1/2]. Adding `round` leaves the biased exponent in the low bits of the sum.
-SAT_INLINE Vec exp2(Vec x) {
-  x = min(splat(128.0f), max(splat(-127.0f), x));
+SAT_INLINE Vec exp2_below_128(Vec x) {
+  x = max(splat(-127.0f), x);
   const float round = 12582912.0f + 127.0f;  // 1.5 * 2^23 + exponent bias
   const Vec shifted = x + round;
   const Vec f = x - (shifted - round);
@@ -69,6 +84,9 @@ SAT_INLINE Vec exp2(Vec x) {
   return y * reinterpret_cast<Vec>(reinterpret_cast<IntVec>(shifted) << 23);
 }
 
+// The same for any x; inf from 2^127.5.
+SAT_INLINE Vec exp2(Vec x) { return exp2_below_128(min(splat(128.0f), x)); }
+
 // log2 of a positive normal number; NaN for NaN and inf.
 SAT_INLINE Vec log2(Vec x) {
   const IntVec bits = reinterpret_cast<IntVec>(x);
@@ -79,37 +97,51 @@ SAT_INLINE Vec log2(Vec x) {
   y = y * t + 1.0f / 5;
   y = y * t + 1.0f / 3;
   y = y * t + 1.0f;
-  return __builtin_convertvector(exponent, Vec) + (x - x) + 2 * kLog2e * s * y;
+  return __builtin_convertvector(exponent, Vec) + (x - x) + static_cast<float>(2 * kLog2e) * s * y;
 }
 
-template <int N>
-struct Size {
-  static constexpr int value = N;
-};
+// A number that the compiler knows, for the sizes that nearly all chunks have: there it knows the
+// loops and addresses of the products.
+template <int64_t N>
+using Known = std::integral_constant<int64_t, N>;
+
+// body(strip, keys, width)
+template <class Body>
+SAT_INLINE void with_known_sizes(int64_t strip, int64_t keys, int64_t width, Body body) {
+  if constexpr (kLanes > 4) {  // not for the baseline, which has no speed to lose
+    const bool full = strip == kStrip && keys == kStrip;
+    if (full && width == 32) return body(Known<kStrip>(), Known<kStrip>(), Known<32>());
+    if (full && width == 64) return body(Known<kStrip>(), Known<kStrip>(), Known<64>());
+  }
+  body(strip, keys, width);
+}
 
 // Up to 6 rows times two registers: 12 accumulators, which with 2 operands and a broadcast fill the
 // 16 registers of AVX2. 32 = 6 + 6 + 5 + 5 + 5 + 5: no remainder tile.
+template <int64_t Count, class Body>
+SAT_INLINE void for_each_tile(Known<Count>, Body body) {
+  constexpr int64_t tiles = (Count + 5) / 6, size = Count / tiles, larger = Count % tiles;
+  for (int64_t i = 0; i < larger * (size + 1); i += size + 1) body(Known<size + 1>(), i);
+  for (int64_t i = larger * (size + 1); i < Count; i += size) body(Known<size>(), i);
+}
+
+// The same for any count; few sizes, so that the library stays small: 6, 5 and 1.
 template <class Body>
 SAT_INLINE void for_each_tile(int64_t count, Body body) {
   const int64_t tiles = (count + 5) / 6;
-  for (int64_t tile = 0, start = 0; tile < tiles; ++tile) {
-    const int64_t size = count / tiles + (tile < count % tiles);
-    switch (size) {
-      case 6: body(Size<6>(), start); break;
-      case 5: body(Size<5>(), start); break;
-      case 4: body(Size<4>(), start); break;
-      case 3: body(Size<3>(), start); break;
-      case 2: body(Size<2>(), start); break;
-      default: body(Size<1>(), start); break;
-    }
-    start += size;
-  }
+  const int64_t fives = 5 * tiles <= count ? 6 * tiles - count : 0;  // else sixes and single rows
+  const int64_t sixes = fives ? tiles - fives : count / 6;
+  int64_t i = 0;
+  for (; i < 6 * sixes; i += 6) body(Known<6>(), i);
+  for (; i < 6 * sixes + 5 * fives; i += 5) body(Known<5>(), i);
+  for (; i < count; ++i) body(Known<1>(), i);
 }
 
 template <int Rows, int Registers, class Done>
 SAT_INLINE void product_tile(const float *a, int64_t a_row, int64_t a_step, const float *x,
                              int64_t x_step, int64_t n, Done done) {
   Vec sum[Rows][Registers] = {};
+#pragma GCC unroll 2
   for (int64_t t = 0; t < n; ++t) {
     Vec operand[Registers];
 #pragma GCC unroll 2
@@ -132,27 +164,28 @@ SAT_INLINE void product_tile(const float *a, int64_t a_row, int64_t a_step, cons
 
 // done(i, c, column) for all i < count in groups of up to 6 and c < width in steps of a register,
 // where column[r] = sum_{t < n} a[(i + r) * a_row + t * a_step] * x[t * x_step + c ...].
-template <class Done>
-SAT_INLINE void product(int64_t count, int64_t width, const float *a, int64_t a_row, int64_t a_step,
+template <class Count, class Width, class Done>
+SAT_INLINE void product(Count count, Width width, const float *a, int64_t a_row, int64_t a_step,
                         const float *x, int64_t x_step, int64_t n, Done done) {
+  constexpr int64_t kPair = 2 * kLanes;
   for_each_tile(count, [&](auto rows, int64_t i) SAT_LAMBDA {
     constexpr int kRows = decltype(rows)::value;
-    const float *a_tile = a + i * a_row;
-    int64_t c = 0;
-    for (; c + 2 * kLanes <= width; c += 2 * kLanes)
-      product_tile<kRows, 2>(a_tile, a_row, a_step, x + c, x_step, n,
-                             [&](int64_t dc, auto &column)
-                                 SAT_LAMBDA { done(i, c + dc, column); });
-    if (c < width)
-      product_tile<kRows, 1>(a_tile, a_row, a_step, x + c, x_step, n,
-                             [&](int64_t dc, auto &column)
-                                 SAT_LAMBDA { done(i, c + dc, column); });
+    const auto column = [&](auto registers, int64_t c) SAT_LAMBDA {
+      product_tile<kRows, decltype(registers)::value>(
+          a + i * a_row, a_row, a_step, x + c, x_step, n,
+          [&](int64_t dc, auto &sums) SAT_LAMBDA { done(i, c + dc, sums); });
+    };
+    for (int64_t c = 0; c + kPair <= width; c += kPair) column(Known<2>(), c);
+    if constexpr (std::is_same_v<Width, int64_t>)
+      if (width % kPair) column(Known<1>(), width / kPair * kPair);
   });
 }
 
 // out[i][c] += sum_t a[i * a_row + t * a_step] * x[t][c]
-void add_product(int64_t count, int64_t width, const float *a, int64_t a_row, int64_t a_step,
-                 const float *x, int64_t x_step, int64_t n, float *out, int64_t out_row) {
+template <class Count, class Width>
+SAT_INLINE void add_product(Count count, Width width, const float *a, int64_t a_row,
+                            int64_t a_step, const float *x, int64_t x_step, int64_t n, float *out,
+                            int64_t out_row) {
   product(count, width, a, a_row, a_step, x, x_step, n,
           [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
             float *p = out + i * out_row + c;
@@ -164,8 +197,16 @@ void add_product(int64_t count, int64_t width, const float *a, int64_t a_row, in
           });
 }
 
+// The same where no size is known: one copy, so that the library stays small.
+SAT_ALONE void add_product(int64_t count, int64_t width, const float *a,
+                                           int64_t a_row, int64_t a_step, const float *x,
+                                           int64_t x_step, int64_t n, float *out, int64_t out_row) {
+  add_product<int64_t, int64_t>(count, width, a, a_row, a_step, x, x_step, n, out, out_row);
+}
+
 float *at(const sat_tensor &t, int64_t batch, int64_t head, int64_t row) {
-  return t.data + batch * t.batch_stride + head * t.head_stride + row * t.row_stride;
+  return static_cast<float *>(t.data) + batch * t.batch_stride + head * t.head_stride +
+         row * t.row_stride;
 }
 
 // One step of a transposition: exchanges the lanes of two rows that are `Step` apart.
@@ -225,6 +266,11 @@ void unpack(const float *from, int64_t strip, int64_t rows, int64_t width, const
 
 void clear_rows(const sat_tensor &t, int64_t batch, int64_t head, int64_t begin, int64_t end,
                 int64_t width) {
+  if (begin >= end) return;
+  if (t.row_stride == width) {  // one call: most of a sparse backward's calls would be these
+    std::memset(at(t, batch, head, begin), 0, (end - begin) * width * sizeof(float));
+    return;
+  }
   for (int64_t i = begin; i < end; ++i) std::memset(at(t, batch, head, i), 0, width * sizeof(float));
 }
 
@@ -233,6 +279,8 @@ struct Plan {
   const Call &call;
   int64_t strip, parts;  // queries of a strip, strips of a block
   int64_t num_strips, pairs;
+  uint32_t threshold;  // t of sat_kernels.h; 0: no dropout
+  float kept;          // the factor of a weight that is not dropped
 
   explicit Plan(const Call &c) : call(c) {
     const int64_t block = c.blocks ? c.blocks->block_size : kStrip;
@@ -240,6 +288,8 @@ struct Plan {
     parts = block / strip;
     num_strips = (c.problem.length + strip - 1) / strip;
     pairs = c.problem.batch * c.problem.heads;
+    threshold = static_cast<uint32_t>(c.problem.dropout_p * 0x1p24 + 0.5);
+    kept = threshold < 1 << 24 ? static_cast<float>(0x1p24 / (0x1p24 - threshold)) : 0.0f;
   }
 
   int64_t real(const int32_t *lengths, int64_t batch) const {
@@ -250,20 +300,20 @@ struct Plan {
   int64_t real_keys(int64_t batch) const { return real(call.problem.key_lengths, batch); }
   int64_t real_queries(int64_t batch) const { return real(call.problem.query_lengths, batch); }
 
-  // body(first, count) for the chunks of real keys that a strip attends to.
+  // body(first, count) for the chunks of real keys that a strip attends to. One call of body, which
+  // is large and inlined.
   template <class Body>
   SAT_INLINE void for_each_chunk(int64_t index, int64_t keys, Body body) const {
-    if (!call.blocks) {
-      for (int64_t j = 0; j < keys; j += strip) body(j, least(strip, keys - j));
-      return;
+    const sat_blocks *b = call.blocks;
+    const int64_t row = index / parts, part_bits = parts - 1;  // 1 or 2 parts
+    const int32_t *columns = b ? b->col_idx + b->row_ptr[row] : nullptr;
+    const int64_t count =
+        b ? (b->row_ptr[row + 1] - b->row_ptr[row]) * parts : (keys + strip - 1) / strip;
+    for (int64_t e = 0; e < count; ++e) {
+      const int64_t chunk = b ? columns[e >> part_bits] * parts + (e & part_bits) : e;
+      const int64_t j = chunk * strip;
+      if (j < keys) body(j, least(strip, keys - j));
     }
-    const sat_blocks &b = *call.blocks;
-    const int64_t row = index / parts;
-    for (int32_t e = b.row_ptr[row]; e < b.row_ptr[row + 1]; ++e)
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t j = b.col_idx[e] * b.block_size + part * strip;
-        if (j < keys) body(j, least(strip, keys - j));
-      }
   }
 
   // body(index) for the strips that attend to a chunk: the transpose of the above.
@@ -281,9 +331,10 @@ struct Plan {
 
   // True if no real key is selected: the output is 0 and the log-sum-exp -inf.
   bool empty(int64_t index, int64_t keys) const {
-    bool none = true;
-    for_each_chunk(index, keys, [&](int64_t, int64_t) { none = false; });
-    return none;
+    if (!call.blocks) return keys <= 0;
+    const sat_blocks &b = *call.blocks;
+    const int64_t row = index / parts;  // columns ascend
+    return b.row_ptr[row] == b.row_ptr[row + 1] || b.col_idx[b.row_ptr[row]] * b.block_size >= keys;
   }
 
   // c_i, the number of unselected columns that count as a score of 0.
@@ -314,11 +365,48 @@ int parallel(int64_t tasks, int num_threads, int64_t scratch_floats, Body body) 
   return failed ? SAT_NO_MEMORY : SAT_OK;
 }
 
+// ---------------------------------------------------------------------------------------- dropout
+
+// The generator of sat_kernels.h for the rows of a strip, and its factors for a chunk of keys.
+struct Dropout {
+  uint32_t low[kStrip], high[kStrip];
+  float factors[kStrip * kStrip];  // [key][row]
+
+  // z of every row
+  void seed(const Plan &plan, int64_t batch, int64_t head, int64_t index) {
+    const sat_problem &problem = plan.call.problem;
+    const int64_t first = (batch * problem.heads + head) * problem.length + index * plan.strip;
+    for (int64_t r = 0; r < plan.strip; ++r) {
+      uint64_t z = problem.seed + 0x9E3779B97F4A7C15u * static_cast<uint64_t>(first + r + 1);
+      z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+      z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+      z ^= z >> 31;
+      low[r] = static_cast<uint32_t>(z);
+      high[r] = static_cast<uint32_t>(z >> 32);
+    }
+  }
+
+  void draw(const Plan &plan, int64_t first_key, int64_t num_keys) {
+    const Vec kept = splat(plan.kept);
+    for (int64_t i = 0; i < num_keys; ++i) {
+      const uint32_t step = 0x9E3779B9u * static_cast<uint32_t>(first_key + i);
+      for (int64_t c = 0; c < plan.strip; c += kLanes) {
+        WordVec x = *reinterpret_cast<const WordVec *>(low + c) + step;
+        x = (x ^ x >> 16) * 0x7FEB352Du;
+        x = ((x ^ x >> 15) + *reinterpret_cast<const WordVec *>(high + c)) * 0x846CA68Bu;
+        x ^= x >> 16;
+        store(factors + i * plan.strip + c, x >> 8 < plan.threshold ? Vec{} : kept);
+      }
+    }
+  }
+};
+
 // ---------------------------------------------------------------------------------------- forward
 
 // The scratch of a thread in the forward pass, `keys` floats a query for the weights.
 struct ForwardScratch {
   float *q, *o, *shift, *sum, *factor, *weights, *map;
+  Dropout dropout;
 
   static int64_t floats(int64_t width, int64_t strip, int64_t keys, int64_t map_keys) {
     return strip * (2 * width + 3 + keys + map_keys);
@@ -334,32 +422,50 @@ struct ForwardScratch {
   }
 };
 
-// Unnormalised output and row sums of a strip, with weights exp2(score - shift). keep: the weights
-// of key j stay at weights[j], otherwise each chunk overwrites the last.
+// Adds a chunk to the unnormalised output and row sums of a strip: weights exp2(score - shift).
+template <bool kShifted, class Strip, class Keys, class Width>
+SAT_ALONE void weigh_chunk(const Plan &plan, int64_t batch, int64_t head, int64_t j,
+                            Strip strip, Keys keys, Width width, float *weights, ForwardScratch &s) {
+  const Call &call = plan.call;
+  product(keys, strip, at(call.k, batch, head, j), call.k.row_stride, 1, s.q, strip, width,
+          [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
+            Vec sum = load(s.sum + c);
+            float *to = weights + i * strip + c;
+#pragma GCC unroll 6
+            for (Vec score : column) {
+              const Vec p = kShifted ? exp2_below_128(score - load(s.shift + c)) : exp2(score);
+              store(to, p);
+              sum += p;
+              to += strip;
+            }
+            store(s.sum + c, sum);
+          });
+  if (plan.threshold) {
+    s.dropout.draw(plan, j, keys);
+    for (int64_t e = 0; e < keys * strip; ++e) s.dropout.factors[e] *= weights[e];
+    weights = s.dropout.factors;
+  }
+  add_product(width, strip, at(call.v, batch, head, j), 1, call.v.row_stride, weights,
+              strip, keys, s.o, strip);
+}
+
+// Unnormalised output and row sums of a strip. kShifted: s.shift is what is taken from the scores,
+// else 0. keep: the weights of key j stay at weights[j], otherwise each chunk overwrites the last.
+template <bool kShifted>
 void weigh(const Plan &plan, int64_t batch, int64_t head, int64_t index, bool keep,
            ForwardScratch &s) {
-  const Call &call = plan.call;
-  const int64_t width = call.problem.width, strip = plan.strip;
+  const int64_t width = plan.call.problem.width, strip = plan.strip;
   std::memset(s.sum, 0, strip * sizeof(float));
   std::memset(s.o, 0, width * strip * sizeof(float));
   plan.for_each_chunk(index, plan.real_keys(batch), [&](int64_t j, int64_t n) SAT_LAMBDA {
     float *weights = s.weights + (keep ? j * strip : 0);
-    product(n, strip, at(call.k, batch, head, j), call.k.row_stride, 1, s.q, strip, width,
-            [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
-              const Vec shift = load(s.shift + c);
-              Vec sum = load(s.sum + c);
-              float *to = weights + i * strip + c;
-#pragma GCC unroll 6
-              for (Vec score : column) {
-                const Vec p = exp2(score - shift);
-                store(to, p);
-                sum += p;
-                to += strip;
-              }
-              store(s.sum + c, sum);
-            });
-    add_product(width, strip, at(call.v, batch, head, j), 1, call.v.row_stride, weights, strip, n,
-                s.o, strip);
+    const auto weigh = [&](auto strip, auto keys, auto width) SAT_LAMBDA {
+      weigh_chunk<kShifted>(plan, batch, head, j, strip, keys, width, weights, s);
+    };
+    if constexpr (kShifted)  // the exception
+      weigh(strip, n, width);
+    else
+      with_known_sizes(strip, n, width, weigh);
   });
 }
 
@@ -392,31 +498,40 @@ bool forward_strip(const Plan &plan, int64_t batch, int64_t head, int64_t index,
   const sat_problem &problem = call.problem;
   const int64_t width = problem.width, strip = plan.strip, first = index * strip;
   const int64_t end = least(first + strip, problem.length);
-  float *lse = call.lse + (batch * problem.heads + head) * problem.length;
+  const int64_t place = (batch * problem.heads + head) * problem.length;
+  float *lse = call.lse + place, *lse_rest = call.lse_rest + place;
 
   int64_t rows = least(plan.real_queries(batch), end) - first;
   if (rows < 0 || plan.empty(index, plan.real_keys(batch))) rows = 0;
   clear_rows(call.o, batch, head, first + rows, end, width);
-  for (int64_t i = first + rows; i < end; ++i) lse[i] = -__builtin_inff();
+  for (int64_t i = first + rows; i < end; ++i) {
+    lse[i] = -__builtin_inff();
+    lse_rest[i] = 0;
+  }
   if (rows == 0) return false;
 
   pack(at(call.q, batch, head, first), call.q.row_stride, rows, width, strip,
-       problem.scale * kLog2e, s.q);
+       static_cast<float>(problem.scale * kLog2e), s.q);
+  if (plan.threshold) s.dropout.seed(plan, batch, head, index);
   std::memset(s.shift, 0, strip * sizeof(float));
-  weigh(plan, batch, head, index, keep, s);
+  weigh<false>(plan, batch, head, index, keep, s);
   if (!in_range(s.sum, rows)) {
     find_shift(plan, batch, head, index, s);
-    weigh(plan, batch, head, index, keep, s);
+    weigh<true>(plan, batch, head, index, keep, s);
   }
   const float constant = plan.constant(index);
   for (int64_t c = 0; c < strip; c += kLanes) {
     const Vec shift = load(s.shift + c), sum = load(s.sum + c);
     // Without a constant exp2(-shift) may be inf, and 0 * inf NaN.
     store(s.factor + c, 1.0f / (constant > 0 ? sum + constant * exp2(-shift) : sum));
-    store(s.sum + c, (shift + log2(sum)) * kLn2);
+    store(s.sum + c, log2(sum));
   }
   for (int64_t r = rows; r < strip; ++r) s.factor[r] = 0;
-  std::memcpy(lse + first, s.sum, rows * sizeof(float));
+  for (int64_t r = 0; r < rows; ++r) {
+    const double exact = (static_cast<double>(s.shift[r]) + s.sum[r]) * kLn2;
+    lse[first + r] = static_cast<float>(exact);
+    lse_rest[first + r] = static_cast<float>(exact - lse[first + r]);
+  }
   unpack(s.o, strip, rows, width, s.factor, at(call.o, batch, head, first), call.o.row_stride);
   return true;
 }
@@ -466,17 +581,19 @@ int forward(const Call &call) {
 // --------------------------------------------------------------------------------------- backward
 
 struct BackwardScratch {
-  float *q, *d_o, *dq, *norm, *delta, *weights, *d_scores;
+  float *q, *d_o, *dq, *norm, *norm_rest, *delta, *weights, *d_scores;
+  Dropout dropout;
 
   static int64_t floats(int64_t width, int64_t strip) {
-    return strip * (3 * width + 2 + 2 * strip);
+    return strip * (3 * width + 3 + 2 * strip);
   }
   BackwardScratch(float *p, int64_t width, int64_t strip) {
     q = p;
     d_o = q + width * strip;
     dq = d_o + width * strip;
     norm = dq + width * strip;
-    delta = norm + strip;
+    norm_rest = norm + strip;
+    delta = norm_rest + strip;
     weights = delta + strip;
     d_scores = weights + strip * strip;
   }
@@ -490,14 +607,20 @@ int64_t prepare(const Plan &plan, int64_t batch, int64_t head, int64_t index, Ba
   const int64_t rows = least(plan.real_queries(batch) - first, strip);
   if (rows <= 0 || plan.empty(index, plan.real_keys(batch))) return 0;
   pack(at(call.q, batch, head, first), call.q.row_stride, rows, width, strip,
-       problem.scale * kLog2e, s.q);
+       static_cast<float>(problem.scale * kLog2e), s.q);
   pack(at(call.d_o, batch, head, first), call.d_o.row_stride, rows, width, strip, problem.scale,
        s.d_o);
 
+  if (plan.threshold) s.dropout.seed(plan, batch, head, index);
   std::memset(s.norm, 0, strip * sizeof(float));
+  std::memset(s.norm_rest, 0, strip * sizeof(float));
   std::memset(s.delta, 0, strip * sizeof(float));
-  std::memcpy(s.norm, call.lse + (batch * problem.heads + head) * problem.length + first,
-              rows * sizeof(float));
+  const int64_t place = (batch * problem.heads + head) * problem.length + first;
+  for (int64_t r = 0; r < rows; ++r) {
+    const double exact = (static_cast<double>(call.lse[place + r]) + call.lse_rest[place + r]) * kLog2e;
+    s.norm[r] = static_cast<float>(exact);
+    s.norm_rest[r] = static_cast<float>(exact - s.norm[r]);
+  }
   for (int64_t r = 0; r < rows; r += kLanes) {
     Vec products[kLanes];  // [row][lane], then transposed and added
     for (int i = 0; i < kLanes; ++i) {
@@ -513,55 +636,81 @@ int64_t prepare(const Plan &plan, int64_t batch, int64_t head, int64_t index, Ba
     store(s.delta + r, delta * problem.scale);
   }
 
-  // log2(exp2(a) + c) without overflow
+  // log2(exp2(lse) + c) = high + log2(1 + exp2(low - high)) cannot overflow.
   const float constant = plan.constant(index);
-  const Vec log_constant = constant > 0 ? log2(splat(constant)) : splat(-__builtin_inff());
-  for (int64_t c = 0; c < strip; c += kLanes) {
-    const Vec lse = load(s.norm + c) * kLog2e;
-    const Vec high = max(log_constant, lse), low = min(log_constant, lse);
-    store(s.norm + c, constant > 0 ? high + log2(1.0f + exp2(low - high)) : lse);
+  if (constant > 0) {
+    const Vec log_constant = log2(splat(constant));
+    for (int64_t c = 0; c < strip; c += kLanes) {
+      const Vec lse = load(s.norm + c), rest = load(s.norm_rest + c);
+      const Vec high = max(log_constant, lse), low = min(log_constant, lse);
+      store(s.norm + c, high);
+      store(s.norm_rest + c, (lse < log_constant ? Vec{} : rest) + log2(1.0f + exp2(low - high)));
+    }
   }
   return rows;
 }
 
-// The part of a strip and n keys from key j on in dQ (query_side) and in dK and dV (key_side).
-// Both ways of `backward` go through this one function, so that both give the same bits.
-__attribute__((noinline)) void backward_tile(const Plan &plan, int64_t batch, int64_t head,
-                                             int64_t index, int64_t rows, int64_t j, int64_t n,
-                                             bool query_side, bool key_side, BackwardScratch &s) {
+// The part of a strip and the keys from key j on in dQ (query_side) and in dK and dV (key_side).
+template <class Strip, class Keys, class Width>
+SAT_ALONE void backward_tile_of(const Plan &plan, int64_t batch, int64_t head, int64_t index,
+                              int64_t j, Strip strip, Keys keys, Width width, int64_t rows,
+                              bool query_side, bool key_side, BackwardScratch &s) {
   const Call &call = plan.call;
-  const int64_t width = call.problem.width, strip = plan.strip, first = index * strip;
+  const int64_t first = index * strip;
   const float *k = at(call.k, batch, head, j);
-  product(n, strip, k, call.k.row_stride, 1, s.q, strip, width,
+  const bool dropout = plan.threshold > 0;
+  if (dropout) s.dropout.draw(plan, j, keys);
+  product(keys, strip, k, call.k.row_stride, 1, s.q, strip, width,
           [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
-            const Vec norm = load(s.norm + c);
+            const Vec norm = load(s.norm + c), rest = load(s.norm_rest + c);
             float *to = s.weights + i * strip + c;
 #pragma GCC unroll 6
             for (Vec score : column) {
-              store(to, exp2(score - norm));
+              store(to, exp2_below_128(score - norm - rest));
               to += strip;
             }
           });
-  product(n, strip, at(call.v, batch, head, j), call.v.row_stride, 1, s.d_o, strip, width,
-          [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
+  product(keys, strip, at(call.v, batch, head, j), call.v.row_stride, 1, s.d_o, strip,
+          width, [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
             const Vec delta = load(s.delta + c);
-            const float *p = s.weights + i * strip + c;
+            float *p = s.weights + i * strip + c;
             float *to = s.d_scores + i * strip + c;
+            const float *factor = s.dropout.factors + i * strip + c;
 #pragma GCC unroll 6
             for (Vec d_weight : column) {
-              store(to, load(p) * (d_weight - delta));
+              const Vec weight = load(p);
+              if (dropout) {
+                d_weight *= load(factor);
+                store(p, weight * load(factor));
+                factor += strip;
+              }
+              store(to, weight * (d_weight - delta));
               p += strip;
               to += strip;
             }
           });
   if (query_side)
-    add_product(width, strip, k, 1, call.k.row_stride, s.d_scores, strip, n, s.dq, strip);
+    add_product(width, strip, k, 1, call.k.row_stride, s.d_scores, strip, keys, s.dq,
+                strip);
   if (key_side) {
-    add_product(n, width, s.weights, strip, 1, at(call.d_o, batch, head, first),
-                call.d_o.row_stride, rows, at(call.dv, batch, head, j), call.dv.row_stride);
-    add_product(n, width, s.d_scores, strip, 1, at(call.q, batch, head, first),
-                call.q.row_stride, rows, at(call.dk, batch, head, j), call.dk.row_stride);
+    const auto add = [&](const float *weights, const sat_tensor &x, const sat_tensor &to) SAT_LAMBDA {
+      add_product(keys, width, weights, strip, 1, at(x, batch, head, first), x.row_stride,
+                  rows, at(to, batch, head, j), to.row_stride);
+    };
+    add(s.weights, call.d_o, call.dv);
+    add(s.d_scores, call.q, call.dk);
   }
+}
+
+// Both ways of `backward` go through this one function, so that both give the same bits.
+SAT_ALONE void backward_tile(const Plan &plan, int64_t batch, int64_t head,
+                                             int64_t index, int64_t rows, int64_t j, int64_t n,
+                                             bool query_side, bool key_side, BackwardScratch &s) {
+  with_known_sizes(plan.strip, n, plan.call.problem.width,
+                   [&](auto strip, auto keys, auto width) SAT_LAMBDA {
+                     backward_tile_of(plan, batch, head, index, j, strip, keys, width, rows,
+                                      query_side, key_side, s);
+                   });
 }
 
 // dQ of a strip, and with key_side its part of dK and dV.

@@ -10,7 +10,7 @@ struct Call {
   sat_problem problem;
   const sat_blocks *blocks;
   sat_tensor q, k, v, o, d_o, dq, dk, dv;
-  float *lse;
+  float *lse, *lse_rest;
   float *map;
   int num_threads;
 };

@@ -40,29 +40,35 @@ const InstructionSet &choose(int64_t width) {
   return sat::baseline::instruction_set;
 }
 
-bool valid(const sat_problem &p, const sat_blocks *b) {
-  if (p.batch < 0 || p.heads < 0 || p.length < 0 || p.width <= 0 || p.width % 8) return false;
-  if (p.denominator != SAT_ZERO_LOGITS && p.denominator != SAT_RENORMALISED) return false;
-  if (!b) return true;
-  if (b->block_size != 16 && b->block_size != 32 && b->block_size != 64) return false;
-  return p.length % b->block_size == 0;
+int check(const sat_problem &p, const sat_blocks *b) {
+  if (p.dtype == SAT_BFLOAT16 || p.dtype == SAT_FLOAT16) return SAT_NOT_SUPPORTED;
+  bool good = p.batch >= 0 && p.heads >= 0 && p.length >= 0 && p.width > 0 && p.width % 8 == 0;
+  good &= p.denominator == SAT_ZERO_LOGITS || p.denominator == SAT_RENORMALISED;
+  good &= p.dtype == SAT_FLOAT32 && p.dropout_p >= 0 && p.dropout_p < 1;
+  if (b) {
+    good &= b->block_size == 16 || b->block_size == 32 || b->block_size == 64;
+    good = good && p.length % b->block_size == 0;
+  }
+  return good ? SAT_OK : SAT_BAD_ARGUMENT;
 }
 
-int forward(const sat_problem &problem, const sat_blocks *blocks, const sat_tensor &q,
-            const sat_tensor &k, const sat_tensor &v, const sat_tensor &o, float *lse, float *map) {
-  if (!valid(problem, blocks)) return SAT_BAD_ARGUMENT;
-  const Call call = {problem, blocks, q, k, v, o, {}, {}, {}, {}, lse, map, num_threads};
-  return choose(problem.width).forward(call);
+int forward(const sat_problem *problem, const sat_blocks *blocks, const sat_tensor *q,
+            const sat_tensor *k, const sat_tensor *v, const sat_tensor *o, float *lse,
+            float *lse_rest, float *map) {
+  if (const int status = check(*problem, blocks)) return status;
+  const Call call = {*problem, blocks, *q,  *k,       *v,  *o,         {},
+                     {},       {},     {},  lse, lse_rest, map, num_threads};
+  return choose(problem->width).forward(call);
 }
 
-int backward(const sat_problem &problem, const sat_blocks *blocks, const sat_tensor &q,
-             const sat_tensor &k, const sat_tensor &v, const sat_tensor &o, const float *lse,
-             const sat_tensor &d_o, const sat_tensor &dq, const sat_tensor &dk,
-             const sat_tensor &dv) {
-  if (!valid(problem, blocks)) return SAT_BAD_ARGUMENT;
-  const Call call = {problem, blocks, q,  k,  v,       o,          d_o, dq, dk, dv,
-                     const_cast<float *>(lse), nullptr, num_threads};
-  return choose(problem.width).backward(call);
+int backward(const sat_problem *problem, const sat_blocks *blocks, const sat_tensor *q,
+             const sat_tensor *k, const sat_tensor *v, const sat_tensor *o, const float *lse,
+             const float *lse_rest, const sat_tensor *d_o, const sat_tensor *dq,
+             const sat_tensor *dk, const sat_tensor *dv) {
+  if (const int status = check(*problem, blocks)) return status;
+  const Call call = {*problem, blocks, *q, *k, *v, *o, *d_o, *dq, *dk, *dv,
+                     const_cast<float *>(lse), const_cast<float *>(lse_rest), nullptr, num_threads};
+  return choose(problem->width).backward(call);
 }
 
 }  // namespace
@@ -91,30 +97,31 @@ void sat_set_num_threads(int threads) { num_threads = threads < 1 ? 1 : threads;
 
 int sat_block_sparse_forward(const sat_problem *problem, const sat_blocks *blocks,
                              const sat_tensor *q, const sat_tensor *k, const sat_tensor *v,
-                             const sat_tensor *o, float *lse, void *) {
+                             const sat_tensor *o, float *lse, float *lse_rest, void *) {
   if (!blocks) return SAT_BAD_ARGUMENT;
-  return forward(*problem, blocks, *q, *k, *v, *o, lse, nullptr);
+  return forward(problem, blocks, q, k, v, o, lse, lse_rest, nullptr);
 }
 
 int sat_block_sparse_backward(const sat_problem *problem, const sat_blocks *blocks,
                               const sat_tensor *q, const sat_tensor *k, const sat_tensor *v,
-                              const sat_tensor *o, const float *lse, const sat_tensor *d_o,
-                              const sat_tensor *dq, const sat_tensor *dk, const sat_tensor *dv,
-                              float *, void *) {
+                              const sat_tensor *o, const float *lse, const float *lse_rest,
+                              const sat_tensor *d_o, const sat_tensor *dq, const sat_tensor *dk,
+                              const sat_tensor *dv, float *, void *) {
   if (!blocks) return SAT_BAD_ARGUMENT;
-  return backward(*problem, blocks, *q, *k, *v, *o, lse, *d_o, *dq, *dk, *dv);
+  return backward(problem, blocks, q, k, v, o, lse, lse_rest, d_o, dq, dk, dv);
 }
 
 int sat_dense_forward(const sat_problem *problem, const sat_tensor *q, const sat_tensor *k,
-                      const sat_tensor *v, const sat_tensor *o, float *lse, float *map, void *) {
-  return forward(*problem, nullptr, *q, *k, *v, *o, lse, map);
+                      const sat_tensor *v, const sat_tensor *o, float *lse, float *lse_rest,
+                      float *map, void *) {
+  return forward(problem, nullptr, q, k, v, o, lse, lse_rest, map);
 }
 
 int sat_dense_backward(const sat_problem *problem, const sat_tensor *q, const sat_tensor *k,
                        const sat_tensor *v, const sat_tensor *o, const float *lse,
-                       const sat_tensor *d_o, const sat_tensor *dq, const sat_tensor *dk,
-                       const sat_tensor *dv, float *, void *) {
-  return backward(*problem, nullptr, *q, *k, *v, *o, lse, *d_o, *dq, *dk, *dv);
+                       const float *lse_rest, const sat_tensor *d_o, const sat_tensor *dq,
+                       const sat_tensor *dk, const sat_tensor *dv, float *, void *) {
+  return backward(problem, nullptr, q, k, v, o, lse, lse_rest, d_o, dq, dk, dv);
 }
 
 }  // extern "C"

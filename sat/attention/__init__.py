@@ -1,9 +1,11 @@
 """Attention behind one door: block_sparse_attention and dense_attention, the same numbers everywhere.
 
 Backends: `reference` (plain PyTorch, any device and dtype), `cpu` and `cuda` (compiled kernels of
-csrc/, float32). "auto" takes the kernels of the tensors' device once they have been checked against
-`reference` in this process; `selected_backend(device_type)` names the choice, `python -m
-sat.backends` prints all of them.
+csrc/; `cpu` in float32, `cuda` in bfloat16 and float16 too), `flex` (torch's FlexAttention,
+block-sparse only, without dropout; on the CPU only by name and without gradients). "auto" takes the
+kernels of the tensors' device once they have been checked against `reference` in this process, on a
+GPU without them `flex` after the same check; `selected_backend(device_type)` names the choice,
+`python -m sat.backends` prints all of them.
 
 The kernel libraries come from the folder $SAT_KERNELS or the newest results/<run>/kernels.
 """
@@ -46,10 +48,11 @@ def block_sparse_attention(
             padded query rows give 0. Checked when on the CPU; on a GPU, where a check would wait
             for the device, and under torch.compile the kernels clamp them to [0, N].
         denominator: "zero_logits" or "renormalised".
-        dropout_p: dropout on the probabilities; only `reference` has it.
+        dropout_p: dropout on the probabilities. Its seed comes from torch's default generator, and
+            every backend drops the same ones.
         return_lse: also return log Σ_{j∈J_i} exp(s_ij) [B, H, N] (-inf for rows that give 0,
             whatever the denominator), which carries no gradient.
-        backend: "auto", "reference", "cpu" or "cuda".
+        backend: "auto", "reference", "cpu", "cuda" or "flex".
 
     Returns: [B, H, N, D], or (that, lse).
     Raises: ValueError that says what was expected.
@@ -103,7 +106,7 @@ def dense_attention(
     if padded_queries not in ("zero", "attend"):
         raise ValueError(f"padded_queries: expected zero or attend, got {padded_queries!r}")
     lengths = _check_lengths(lengths, q)
-    backend = resolve(backend, q, None, dropout_p)
+    backend = resolve(backend, q, None)
     o, mean_map = run_dense(backend, q, k, v, lengths, padded_queries, return_map, dropout_p)
     return (o, mean_map.detach()) if return_map else o
 

@@ -1,6 +1,6 @@
 """The compiled kernels of csrc/ as torch.library operators: backends `cpu` and `cuda`.
 
-The operators sat::block_sparse and sat::dense and their backwards take float32 tensors whose last
+The operators sat::block_sparse and sat::dense and their backwards take tensors whose last
 dimension is contiguous; ctypes hands pointers and strides to libsat_cpu.so or libsat_cuda.so. They
 check nothing: sat.attention does.
 """
@@ -10,16 +10,17 @@ import functools
 import hashlib
 import json
 import os
-from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 import torch
 
 from sat.attention.blocks import block_csr
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 BLOCK_SIZES = (16, 32, 64)
 DENOMINATORS = ("zero_logits", "renormalised")  # in the order of the C enum
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the C enum
 MAX_CUDA_WIDTH = 256
 BUILD_COMMAND = "snakemake --cores 1 kernels"
 PROJECT = Path(__file__).resolve().parents[2]
@@ -50,6 +51,9 @@ class _Problem(Structure):
         ("query_lengths", c_void_p),
         ("scale", c_float),
         ("denominator", c_int32),
+        ("dtype", c_int32),
+        ("dropout_p", c_float),
+        ("seed", c_uint64),
     ]
 
 
@@ -65,10 +69,10 @@ class _Blocks(Structure):
 
 _P, _B, _T = POINTER(_Problem), POINTER(_Blocks), POINTER(_Tensor)
 _SIGNATURES = {
-    "sat_block_sparse_forward": [_P, _B, *[_T] * 4, c_void_p, c_void_p],
-    "sat_block_sparse_backward": [_P, _B, *[_T] * 4, c_void_p, *[_T] * 4, c_void_p, c_void_p],
-    "sat_dense_forward": [_P, *[_T] * 4, c_void_p, c_void_p, c_void_p],
-    "sat_dense_backward": [_P, *[_T] * 4, c_void_p, *[_T] * 4, c_void_p, c_void_p],
+    "sat_block_sparse_forward": [_P, _B, *[_T] * 4, *[c_void_p] * 3],
+    "sat_block_sparse_backward": [_P, _B, *[_T] * 4, *[c_void_p] * 2, *[_T] * 4, *[c_void_p] * 2],
+    "sat_dense_forward": [_P, *[_T] * 4, *[c_void_p] * 4],
+    "sat_dense_backward": [_P, *[_T] * 4, *[c_void_p] * 2, *[_T] * 4, *[c_void_p] * 2],
 }
 
 
@@ -124,14 +128,22 @@ def _tensor(x: torch.Tensor) -> _Tensor:
     return _Tensor(x.data_ptr(), *x.stride()[:3])
 
 
-def _problem(q: torch.Tensor, key_lengths, query_lengths, denominator: str) -> _Problem:
+def _problem(q, key_lengths, query_lengths, denominator, dropout_p, seed) -> _Problem:
     return _Problem(
         *q.shape,
         None if key_lengths is None else key_lengths.data_ptr(),
         None if query_lengths is None else query_lengths.data_ptr(),
         q.shape[-1] ** -0.5,
         DENOMINATORS.index(denominator),
+        DTYPES.index(q.dtype),
+        dropout_p,
+        seed.item() if dropout_p > 0 else 0,
     )
+
+
+def _new_sums(q: torch.Tensor) -> torch.Tensor:
+    """[2, B, H, N]: the log-sum-exp and what its rounding to float32 left out."""
+    return torch.empty((2, *q.shape[:3]), dtype=torch.float32, device=q.device)
 
 
 def _call(name: str, like: torch.Tensor, *arguments) -> None:
@@ -156,166 +168,220 @@ def last_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _pointers(sums: torch.Tensor) -> tuple[int, int]:
+    """Addresses of the two parts of [2, B, H, N]."""
+    return sums.data_ptr(), sums.data_ptr() + 4 * (sums.numel() // 2)
+
+
 def _blocks(csr, block_size: int) -> _Blocks:
     return _Blocks(block_size, *(x.data_ptr() for x in csr))
 
 
-@torch.library.custom_op("sat::block_sparse", mutates_args=(), device_types=("cpu", "cuda"))
-def block_sparse(
+def _block_sparse(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     block_mask: torch.Tensor,
     lengths: torch.Tensor | None,
+    seed: torch.Tensor | None,
     block_size: int,
     denominator: str,
+    dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [B, H, N, D] and log-sum-exp [B, H, N]; lengths int32 [B]."""
-    o, lse = _new_like(q), q.new_empty(q.shape[:3])
+    """Output [B, H, N, D] and log-sum-exp [2, B, H, N] in two parts; lengths int32 [B].
+
+    seed: int64 [] on the CPU, None without dropout.
+    """
+    o, sums = _new_like(q), _new_sums(q)
     csr = block_csr(block_mask, q.device)
-    problem = _problem(q, lengths, lengths, denominator)
+    problem = _problem(q, lengths, lengths, denominator, dropout_p, seed)
     _call(
         "sat_block_sparse_forward",
         q,
         byref(problem),
         byref(_blocks(csr, block_size)),
         *(byref(_tensor(x)) for x in (q, k, v, o)),
-        lse.data_ptr(),
+        *_pointers(sums),
     )
-    return o, lse
+    return o, sums
 
 
-@block_sparse.register_fake
-def _(q, k, v, block_mask, lengths, block_size, denominator):
-    return _new_like(q), q.new_empty(q.shape[:3])
-
-
-@torch.library.custom_op(
-    "sat::block_sparse_backward", mutates_args=(), device_types=("cpu", "cuda")
-)
-def block_sparse_backward(
+def _block_sparse_backward(
     d_o: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     o: torch.Tensor,
-    lse: torch.Tensor,
+    sums: torch.Tensor,
     block_mask: torch.Tensor,
     lengths: torch.Tensor | None,
+    seed: torch.Tensor | None,
     block_size: int,
     denominator: str,
+    dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv [B, H, N, D]."""
     gradients = _new_like(q), _new_like(k), _new_like(v)
     d_o = last_contiguous(d_o)
     csr = block_csr(block_mask, q.device)
-    delta = torch.empty_like(lse) if q.is_cuda else None
-    problem = _problem(q, lengths, lengths, denominator)
+    delta = torch.empty_like(sums[0]) if q.is_cuda else None
+    problem = _problem(q, lengths, lengths, denominator, dropout_p, seed)
     _call(
         "sat_block_sparse_backward",
         q,
         byref(problem),
         byref(_blocks(csr, block_size)),
         *(byref(_tensor(x)) for x in (q, k, v, o)),
-        lse.data_ptr(),
+        *_pointers(sums),
         *(byref(_tensor(x)) for x in (d_o, *gradients)),
         None if delta is None else delta.data_ptr(),
     )
     return gradients
 
 
-@block_sparse_backward.register_fake
-def _(d_o, q, k, v, o, lse, block_mask, lengths, block_size, denominator):
-    return _new_like(q), _new_like(k), _new_like(v)
-
-
-def _block_sparse_setup(ctx, inputs, output):
-    q, k, v, block_mask, lengths, ctx.block_size, ctx.denominator = inputs
-    ctx.save_for_backward(q, k, v, *output, block_mask, lengths)
-
-
-def _block_sparse_gradients(ctx, d_o, _):
-    q, k, v, o, lse, block_mask, lengths = ctx.saved_tensors
-    gradients = block_sparse_backward(
-        d_o, q, k, v, o, lse, block_mask, lengths, ctx.block_size, ctx.denominator
-    )
-    return *gradients, None, None, None, None
-
-
-block_sparse.register_autograd(_block_sparse_gradients, setup_context=_block_sparse_setup)
-
-
-@torch.library.custom_op("sat::dense", mutates_args=(), device_types=("cpu", "cuda"))
-def dense(
+def _dense(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     key_lengths: torch.Tensor | None,
     query_lengths: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    dropout_p: float,
     return_map: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output [B, H, N, D], log-sum-exp [B, H, N], mean map [N, N] (empty without return_map)."""
-    o, lse = _new_like(q), q.new_empty(q.shape[:3])
-    mean_map = q.new_empty(q.shape[2:3] * 2 if return_map else 0)
-    problem = _problem(q, key_lengths, query_lengths, "renormalised")
+    """Output and log-sum-exp as block_sparse, mean map [N, N] (empty without return_map)."""
+    o, sums = _new_like(q), _new_sums(q)
+    mean_map = sums.new_empty(q.shape[2:3] * 2 if return_map else 0)
+    problem = _problem(q, key_lengths, query_lengths, "renormalised", dropout_p, seed)
     _call(
         "sat_dense_forward",
         q,
         byref(problem),
         *(byref(_tensor(x)) for x in (q, k, v, o)),
-        lse.data_ptr(),
+        *_pointers(sums),
         mean_map.data_ptr() if return_map else None,
     )
-    return o, lse, mean_map
+    return o, sums, mean_map
 
 
-@dense.register_fake
-def _(q, k, v, key_lengths, query_lengths, return_map):
-    mean_map = q.new_empty(q.shape[2:3] * 2 if return_map else 0)
-    return _new_like(q), q.new_empty(q.shape[:3]), mean_map
-
-
-@torch.library.custom_op("sat::dense_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def dense_backward(
+def _dense_backward(
     d_o: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     o: torch.Tensor,
-    lse: torch.Tensor,
+    sums: torch.Tensor,
     key_lengths: torch.Tensor | None,
     query_lengths: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv [B, H, N, D]."""
     gradients = _new_like(q), _new_like(k), _new_like(v)
     d_o = last_contiguous(d_o)
-    delta = torch.empty_like(lse) if q.is_cuda else None
-    problem = _problem(q, key_lengths, query_lengths, "renormalised")
+    delta = torch.empty_like(sums[0]) if q.is_cuda else None
+    problem = _problem(q, key_lengths, query_lengths, "renormalised", dropout_p, seed)
     _call(
         "sat_dense_backward",
         q,
         byref(problem),
         *(byref(_tensor(x)) for x in (q, k, v, o)),
-        lse.data_ptr(),
+        *_pointers(sums),
         *(byref(_tensor(x)) for x in (d_o, *gradients)),
         None if delta is None else delta.data_ptr(),
     )
     return gradients
 
 
-@dense_backward.register_fake
-def _(d_o, q, k, v, o, lse, key_lengths, query_lengths):
+_operator = functools.partial(
+    torch.library.custom_op, mutates_args=(), device_types=("cpu", "cuda")
+)
+block_sparse_operator = _operator("sat::block_sparse", _block_sparse)
+block_sparse_backward_operator = _operator("sat::block_sparse_backward", _block_sparse_backward)
+dense_operator = _operator("sat::dense", _dense)
+dense_backward_operator = _operator("sat::dense_backward", _dense_backward)
+
+
+@block_sparse_operator.register_fake
+def _(q, k, v, block_mask, lengths, seed, block_size, denominator, dropout_p):
+    return _new_like(q), _new_sums(q)
+
+
+@dense_operator.register_fake
+def _(q, k, v, key_lengths, query_lengths, seed, dropout_p, return_map):
+    sums = _new_sums(q)
+    return _new_like(q), sums, sums.new_empty(q.shape[2:3] * 2 if return_map else 0)
+
+
+@block_sparse_backward_operator.register_fake
+@dense_backward_operator.register_fake
+def _(d_o, q, k, v, *_):
     return _new_like(q), _new_like(k), _new_like(v)
 
 
+def _is_plain(x: torch.Tensor) -> bool:
+    """Whether a tensor is data, not a stand-in of torch.compile or of another tool."""
+    return type(x) is torch.Tensor and not torch.compiler.is_compiling()
+
+
+def _block_sparse_setup(ctx, inputs, output):
+    q, k, v, block_mask, lengths, seed, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, block_mask, lengths, seed)
+
+
+def _block_sparse_gradients(ctx, d_o, _):
+    backward = _block_sparse_backward if _is_plain(d_o) else block_sparse_backward_operator
+    return *backward(d_o, *ctx.saved_tensors, *ctx.options), *[None] * 6
+
+
 def _dense_setup(ctx, inputs, output):
-    q, k, v, key_lengths, query_lengths, _ = inputs
-    o, lse, _ = output
-    ctx.save_for_backward(q, k, v, o, lse, key_lengths, query_lengths)
+    q, k, v, key_lengths, query_lengths, seed, ctx.dropout_p, _ = inputs
+    o, sums, _ = output
+    ctx.save_for_backward(q, k, v, o, sums, key_lengths, query_lengths, seed)
 
 
 def _dense_gradients(ctx, d_o, *_):
-    return *dense_backward(d_o, *ctx.saved_tensors), None, None, None
+    backward = _dense_backward if _is_plain(d_o) else dense_backward_operator
+    return *backward(d_o, *ctx.saved_tensors, ctx.dropout_p), *[None] * 5
 
 
-dense.register_autograd(_dense_gradients, setup_context=_dense_setup)
+block_sparse_operator.register_autograd(_block_sparse_gradients, setup_context=_block_sparse_setup)
+dense_operator.register_autograd(_dense_gradients, setup_context=_dense_setup)
+
+
+def _direct(forward, setup, gradients):
+    """forward with gradients through autograd alone.
+
+    The operators are for torch.compile and the like. Going through torch's dispatcher costs a
+    quarter of a millisecond forward and backward, as much as a call with few blocks selected.
+    """
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            output = forward(*inputs)
+            ctx.mark_non_differentiable(*output[1:])
+            setup(ctx, inputs, output)
+            return output
+
+        backward = staticmethod(torch.autograd.function.once_differentiable(gradients))
+
+    return Direct.apply
+
+
+_direct_block_sparse = _direct(_block_sparse, _block_sparse_setup, _block_sparse_gradients)
+_direct_dense = _direct(_dense, _dense_setup, _dense_gradients)
+
+
+def block_sparse(q, *options):
+    """_block_sparse with gradients; see there."""
+    if not _is_plain(q):
+        return block_sparse_operator(q, *options)
+    return (_direct_block_sparse if torch.is_grad_enabled() else _block_sparse)(q, *options)
+
+
+def dense(q, *options):
+    """_dense with gradients; see there."""
+    if not _is_plain(q):
+        return dense_operator(q, *options)
+    return (_direct_dense if torch.is_grad_enabled() else _dense)(q, *options)

@@ -15,10 +15,12 @@ import math
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from sat.attention import dropout
 
-def _checkpointed(function, dropout_p, *args):
-    """function(*args), recomputed in the backward with the same dropout."""
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=dropout_p > 0)
+
+def _checkpointed(function, *args):
+    """function(*args), recomputed in the backward; nothing in it is random, dropout has a seed."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def _weights(scores, real_keys, constant):
@@ -37,12 +39,14 @@ def _weights(scores, real_keys, constant):
     return torch.exp(scores - shift[..., None]), lse
 
 
-def dense_attention(q, k, v, lengths, padded_queries, return_map, dropout_p):
+def dense_attention(q, k, v, lengths, padded_queries, return_map, dropout_p, seed):
     """See sat.attention.dense_attention. Returns o [B, H, N, D] and the map [N, N] or None."""
     num_batch, num_heads, length, width = q.shape
     index = torch.arange(length, device=q.device)
 
-    def sample(q_HND, k_HND, v_HND, real):
+    heads = torch.arange(num_heads, device=q.device)[:, None, None]
+
+    def sample(q_HND, k_HND, v_HND, real, b):
         k_HND, v_HND = (x.masked_fill(~real[:, None], 0) for x in (k_HND, v_HND))
         if padded_queries == "zero":
             q_HND = q_HND.masked_fill(~real[:, None], 0)
@@ -51,12 +55,16 @@ def dense_attention(q, k, v, lengths, padded_queries, return_map, dropout_p):
         if padded_queries == "zero":
             weights_HNN = weights_HNN.masked_fill(~real[:, None], 0)
         map_NN = weights_HNN.detach().float().sum(0) if return_map else None
-        return torch.dropout(weights_HNN, dropout_p, True) @ v_HND, map_NN
+        if dropout_p > 0:
+            pairs = b * num_heads + heads
+            kept_HNN = dropout.factors(seed, dropout_p, pairs, index[:, None], index, length)
+            weights_HNN = weights_HNN * kept_HNN.to(q.dtype)
+        return weights_HNN @ v_HND, map_NN
 
     outputs, total = [], torch.zeros(length, length, device=q.device) if return_map else None
     for b in range(num_batch):
         real = index < (length if lengths is None else lengths[b])
-        o_HND, map_NN = _checkpointed(sample, dropout_p, q[b], k[b], v[b], real)
+        o_HND, map_NN = _checkpointed(sample, q[b], k[b], v[b], real, b)
         outputs.append(o_HND)
         if return_map:
             total += map_NN
@@ -64,7 +72,7 @@ def dense_attention(q, k, v, lengths, padded_queries, return_map, dropout_p):
     return torch.stack(outputs), mean_map
 
 
-def block_sparse_attention(q, k, v, block_mask, block_size, lengths, denominator, dropout_p):
+def block_sparse_attention(q, k, v, block_mask, block_size, lengths, denominator, dropout_p, seed):
     """See sat.attention.block_sparse_attention. Returns o [B, H, N, D] and lse [B, H, N]."""
     length, width = q.shape[2:]
     index = torch.arange(length, device=q.device)
@@ -72,6 +80,8 @@ def block_sparse_attention(q, k, v, block_mask, block_size, lengths, denominator
         real_BN = torch.ones(q.shape[0], length, dtype=torch.bool, device=q.device)
     else:
         real_BN = index < lengths[:, None]
+
+    pairs = torch.arange(q.shape[0] * q.shape[1], device=q.device).view(*q.shape[:2], 1, 1)
 
     def block_row(q_BHRD, k_BHND, v_BHND, keys_M, rows_R):
         real_BM = real_BN[:, keys_M]
@@ -85,7 +95,10 @@ def block_sparse_attention(q, k, v, block_mask, block_size, lengths, denominator
         weights_BHRM, lse_BHR = _weights(scores_BHRM, real_BM[:, None, None, :], constant)
         weights_BHRM = weights_BHRM.masked_fill(~real_BR[:, None, :, None], 0)
         lse_BHR = lse_BHR.masked_fill(~real_BR[:, None, :], -math.inf)
-        return torch.dropout(weights_BHRM, dropout_p, True) @ v_BHMD, lse_BHR.detach()
+        if dropout_p > 0:
+            kept_BHRM = dropout.factors(seed, dropout_p, pairs, rows_R[:, None], keys_M, length)
+            weights_BHRM = weights_BHRM * kept_BHRM.to(q.dtype)
+        return weights_BHRM @ v_BHMD, lse_BHR.detach()
 
     outputs, sums = [], []
     for row, columns in enumerate(block_mask.cpu()):
@@ -93,7 +106,7 @@ def block_sparse_attention(q, k, v, block_mask, block_size, lengths, denominator
         keys_M = (first + index[:block_size]).flatten()
         rows_R = index[row * block_size : (row + 1) * block_size]
         q_BHRD = q[:, :, row * block_size : (row + 1) * block_size]
-        o_BHRD, lse_BHR = _checkpointed(block_row, dropout_p, q_BHRD, k, v, keys_M, rows_R)
+        o_BHRD, lse_BHR = _checkpointed(block_row, q_BHRD, k, v, keys_M, rows_R)
         outputs.append(o_BHRD)
         sums.append(lse_BHR)
     return torch.cat(outputs, 2), torch.cat(sums, 2)

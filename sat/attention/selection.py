@@ -9,11 +9,12 @@ import logging
 
 import torch
 
-from sat.attention import kernels, reference
+from sat.attention import dropout, flex, kernels, reference
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("cuda", "cpu", "reference")  # fastest first
+BACKENDS = ("cuda", "cpu", "flex", "reference")
+CANDIDATES = {"cuda": ("cuda", "flex"), "cpu": ("cpu",)}  # of "auto" on a device, fastest first
 TOLERANCE = 1e-5  # largest error against float64, relative to the largest value
 
 
@@ -21,8 +22,10 @@ def unavailable(backend: str) -> str | None:
     """Why a backend cannot be used on this machine, or None if it can."""
     if backend == "reference":
         return None
-    if backend == "cuda" and not torch.cuda.is_available():
+    if backend in ("cuda", "flex") and not torch.cuda.is_available():
         return "torch finds no CUDA device"
+    if backend == "flex":
+        return None
     try:
         kernels.load_library(backend)
     except kernels.KernelLibraryError as error:
@@ -32,25 +35,34 @@ def unavailable(backend: str) -> str | None:
 
 def run_block_sparse(backend, q, k, v, block_mask, block_size, lengths, denominator, dropout_p):
     """Output and log-sum-exp from a backend, which is not "auto"."""
+    seed = dropout.draw_seed() if dropout_p > 0 else None
     if backend == "reference":
         return reference.block_sparse_attention(
-            q, k, v, block_mask, block_size, lengths, denominator, dropout_p
+            q, k, v, block_mask, block_size, lengths, denominator, dropout_p, seed
         )
+    if backend == "flex":
+        return flex.block_sparse_attention(q, k, v, block_mask, block_size, lengths, denominator)
     q, k, v = (kernels.last_contiguous(x) for x in (q, k, v))
-    return kernels.block_sparse(q, k, v, block_mask, lengths, block_size, denominator)
+    o, sums = kernels.block_sparse(
+        q, k, v, block_mask, lengths, seed, block_size, denominator, dropout_p
+    )
+    return o, sums[0]
 
 
 def run_dense(backend, q, k, v, lengths, padded_queries, return_map, dropout_p):
     """Output and mean map (or None) from a backend, which is not "auto"."""
+    seed = dropout.draw_seed() if dropout_p > 0 else None
     if backend == "reference":
-        return reference.dense_attention(q, k, v, lengths, padded_queries, return_map, dropout_p)
+        return reference.dense_attention(
+            q, k, v, lengths, padded_queries, return_map, dropout_p, seed
+        )
     q, k, v = (kernels.last_contiguous(x) for x in (q, k, v))
     query_lengths = lengths if padded_queries == "zero" else None
-    o, _, mean_map = kernels.dense(q, k, v, lengths, query_lengths, return_map)
+    o, _, mean_map = kernels.dense(q, k, v, lengths, query_lengths, seed, dropout_p, return_map)
     return o, mean_map if return_map else None
 
 
-def _check_cases():
+def _check_cases(backend):
     """Functions (backend, q, k, v, lengths) -> list of outputs, on [3, 2, 128, 32]."""
     mask = torch.rand(4, 4, generator=torch.Generator().manual_seed(1)) < 0.5
     mask[0], mask[1], mask[2, 0] = False, True, True
@@ -58,7 +70,7 @@ def _check_cases():
         yield lambda backend, q, k, v, lengths, denominator=denominator: run_block_sparse(
             backend, q, k, v, mask.to(q.device), 32, lengths, denominator, 0.0
         )[:1]
-    for padded in ("zero", "attend"):
+    for padded in () if backend == "flex" else ("zero", "attend"):
         yield lambda backend, q, k, v, lengths, padded=padded: run_dense(
             backend, q, k, v, lengths, padded, True, 0.0
         )
@@ -69,14 +81,14 @@ def largest_error(backend: str) -> float:
 
     Relative to the largest value of each tensor; inf if something is not finite.
     """
-    device = "cuda" if backend == "cuda" else "cpu"
+    device = "cuda" if backend in ("cuda", "flex") else "cpu"
     error = 0.0
     # The first call of a process may come from inside an evaluation.
     with torch.inference_mode(False), torch.enable_grad():
         generator = torch.Generator().manual_seed(0)
         inputs = [torch.randn(3, 2, 128, 32, generator=generator) for _ in range(4)]
         lengths = torch.tensor([128, 75, 0], dtype=torch.int32)
-        for case in _check_cases():
+        for case in _check_cases(backend):
             results = []
             for name, place, dtype in (
                 ("reference", "cpu", torch.float64),
@@ -93,55 +105,83 @@ def largest_error(backend: str) -> float:
     return error
 
 
+def _failure(backend: str) -> str | None:
+    """Why a backend is not trusted, or None if it is available and gives the numbers of reference."""
+    if reason := unavailable(backend):
+        return reason
+    try:
+        error = largest_error(backend)
+    except RuntimeError as exception:  # of CUDA, or of torch's compiler
+        return f"its check failed: {exception}"
+    if error <= TOLERANCE:
+        return None
+    return f"its kernels differ from reference by {error:.1e}, allowed {TOLERANCE:.0e}"
+
+
 @functools.cache
 def _choose(device_type: str) -> str:
-    """Checks the backend of a device once; logs and returns the choice."""
-    if device_type in ("cpu", "cuda"):
-        reason = unavailable(device_type)
-        if reason is None:
-            error = largest_error(device_type)
-            if error <= TOLERANCE:
-                name = kernels.instruction_set(device_type)
-                logger.info("attention on %s: kernels (%s)", device_type, name)
-                return device_type
-            reason = f"its kernels differ from reference by {error:.1e}, allowed {TOLERANCE:.0e}"
-        logger.warning("attention on %s: plain PyTorch, which is slow: %s", device_type, reason)
+    """Checks the backends of a device once; logs and returns the choice."""
+    failures = []
+    for backend in CANDIDATES.get(device_type, ()):
+        failure = _failure(backend)
+        if failure is None:
+            name = "flex" if backend == "flex" else f"kernels ({kernels.instruction_set(backend)})"
+            logger.log(
+                logging.WARNING if failures else logging.INFO,
+                "; ".join([f"attention on {device_type}: {name}", *failures]),
+            )
+            return backend
+        failures.append(f"not {backend}: {failure}")
+    if failures:
+        reasons = "; ".join(failures)
+        logger.warning("attention on %s: plain PyTorch, which is slow: %s", device_type, reasons)
     return "reference"
 
 
 @torch.compiler.assume_constant_result
 def selected_backend(device_type: str) -> str:
-    """The backend that "auto" uses for float32 tensors on a device: "cpu", "cuda" or "reference"."""
+    """The backend that "auto" uses for float32 tensors on a device; see CANDIDATES.
+
+    Where it is "flex", dense attention and dropout are those of "reference".
+    """
     return _choose(device_type)
 
 
-def resolve(backend: str, q: torch.Tensor, block_size: int | None, dropout_p: float) -> str:
+def resolve(backend: str, q: torch.Tensor, block_size: int | None, dropout_p: float = 0.0) -> str:
     """The backend of a call. ValueError if the one asked for cannot do it."""
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "reference":
         return backend
-    device_type = q.device.type if backend == "auto" else backend
-    obstacle = _obstacle(device_type, q, block_size, dropout_p)
     if backend == "auto":
-        return "reference" if obstacle else selected_backend(device_type)
-    if obstacle is None:
+        able = [
+            name
+            for name in CANDIDATES.get(q.device.type, ())
+            if _obstacle(name, q, block_size, dropout_p) is None
+        ]
+        if not able:  # before the libraries are loaded and checked
+            return "reference"
+        chosen = selected_backend(q.device.type)
+        return chosen if chosen in able else "reference"
+    obstacle = _obstacle(backend, q, block_size, dropout_p)
+    if obstacle is None and not (backend == "flex" and q.device.type == "cpu"):
         obstacle = unavailable(backend)
     if obstacle:
         raise ValueError(f"backend {backend!r} cannot be used: {obstacle}")
     return backend
 
 
-def _obstacle(device_type, q, block_size, dropout_p) -> str | None:
-    """Why the kernels of a device cannot compute a call, or None."""
+def _obstacle(backend, q, block_size, dropout_p) -> str | None:
+    """Why flex or the kernels of a device cannot compute a call, or None."""
+    if backend == "flex":
+        return flex.obstacle(q, block_size, dropout_p)
     width = q.shape[-1]
-    if q.device.type != device_type:
+    if q.device.type != backend:
         return f"the tensors are on {q.device.type}"
-    if q.dtype != torch.float32:
-        return f"it takes torch.float32, got {q.dtype}"
-    if dropout_p > 0:
-        return "it has no dropout"
-    if width % 8 or (device_type == "cuda" and width > kernels.MAX_CUDA_WIDTH):
+    dtypes = kernels.DTYPES if backend == "cuda" else kernels.DTYPES[:1]
+    if q.dtype not in dtypes:
+        return f"it takes {', '.join(map(str, dtypes))}, got {q.dtype}"
+    if width % 8 or (backend == "cuda" and width > kernels.MAX_CUDA_WIDTH):
         return f"head width {width} is not a multiple of 8 or too large"
     if block_size is not None and block_size not in kernels.BLOCK_SIZES:
         return f"block size {block_size} is not one of {kernels.BLOCK_SIZES}"

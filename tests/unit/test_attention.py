@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sat.attention as attention
-from sat.attention import block_csr, blocks, kernels, selection
+from sat.attention import block_csr, blocks, dropout, kernels, selection
 
 B, H, N, D, BLOCK = 3, 2, 64, 8, 16
 
@@ -194,6 +194,47 @@ def test_dropout_of_the_backward_is_that_of_the_forward():
     torch.testing.assert_close((o * d_o).sum(), (v * dv).sum())
 
 
+def definition_of_dropout(seed, place, column, threshold):
+    """csrc/sat_kernels.h with Python's integers; place: (batch * heads + head) * length + row."""
+    word, long = 2**32 - 1, 2**64 - 1
+    z = (seed + 0x9E3779B97F4A7C15 * (place + 1)) & long
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & long
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & long
+    z ^= z >> 31
+    x = (z + 0x9E3779B9 * column) & word
+    x = (x ^ x >> 16) * 0x7FEB352D & word
+    x = ((x ^ x >> 15) + (z >> 32)) * 0x846CA68B & word
+    x ^= x >> 16
+    return 0.0 if x >> 8 < threshold else 2**24 / (2**24 - threshold)
+
+
+def test_factors_of_dropout_are_those_of_the_definition():
+    seed, length = 2**63 - 12345, 40
+    pairs = torch.arange(3)[:, None, None]
+    rows, columns = torch.arange(length)[:, None], torch.arange(length)
+    got = dropout.factors(torch.tensor(seed), 0.25, pairs, rows, columns, length)
+    for pair, row, column in [(0, 0, 0), (2, 39, 39), (1, 7, 30), (2, 0, 1)]:
+        expected = definition_of_dropout(seed, pair * length + row, column, 2**22)
+        assert got[pair, row, column].item() == pytest.approx(expected, rel=1e-7)
+    assert got.shape == (3, length, length) and (got == 0).any() and (got != 0).any()
+
+
+@pytest.mark.parametrize("dropout_p", [0.02, 0.1, 0.5, 0.9])
+def test_dropout_drops_its_share_without_a_pattern(dropout_p):
+    size = 256
+    index = torch.arange(size)
+    pairs = torch.arange(4)[:, None, None]
+    kept = dropout.factors(torch.tensor(5), dropout_p, pairs, index[:, None], index, size) != 0
+    share = (dropout_p * (1 - dropout_p)) ** 0.5  # standard deviation of one
+    assert abs((~kept).double().mean() - dropout_p) < 4 * share / kept.numel() ** 0.5
+    noise = (kept.double() - (1 - dropout_p)) / share
+    for neighbour in (noise.roll(1, 2), noise.roll(1, 1), noise.roll(1, 0), noise.mT):
+        correlation = (noise * neighbour).mean().abs()
+        assert correlation < 5 / kept.numel() ** 0.5
+    for dim in (1, 2):  # rows and columns
+        assert (noise.mean(dim).abs() < 5 / size**0.5).all()
+
+
 def test_csr_of_a_mask_and_of_its_transpose():
     mask = torch.tensor([[0, 1, 1], [0, 0, 0], [1, 0, 0]], dtype=torch.bool)
     row_ptr, col_idx, col_ptr, row_idx = (x.tolist() for x in block_csr(mask))
@@ -233,9 +274,12 @@ GOOD = {"block_size": BLOCK}
         ({}, GOOD | {"lengths": torch.tensor([-1, 6, 2])}, "in \\[0, 64\\], got -1 to 6"),
         ({}, GOOD | {"denominator": "one"}, "denominator: expected one of zero_logits"),
         ({}, GOOD | {"dropout_p": 1.0}, "dropout_p: expected a number in \\[0, 1\\)"),
-        ({}, GOOD | {"backend": "gpu"}, "backend: expected one of auto, cuda, cpu, reference"),
+        (
+            {},
+            GOOD | {"backend": "gpu"},
+            "backend: expected one of auto, cuda, cpu, flex, reference",
+        ),
         ({}, GOOD | {"backend": "cuda"}, "backend 'cuda' cannot be used: the tensors are on cpu"),
-        ({}, GOOD | {"backend": "cpu", "dropout_p": 0.1}, "it has no dropout"),
         ({}, {"block_size": 8, "backend": "cpu"}, "block size 8 is not one of"),
     ],
 )
@@ -293,8 +337,7 @@ def test_a_backend_that_gives_other_numbers_is_not_used(monkeypatch, caplog, for
 def test_double_precision_goes_through_reference(monkeypatch):
     monkeypatch.setattr(selection, "_choose", lambda device_type: "cpu")
     q, _, _ = make_inputs()
-    assert selection.resolve("auto", q, BLOCK, 0.0) == "reference"
-    assert selection.resolve("auto", q.float(), BLOCK, 0.0) == "cpu"
-    assert selection.resolve("auto", q.float(), BLOCK, 0.1) == "reference"
-    assert selection.resolve("auto", q.float(), 4, 0.0) == "reference"
-    assert selection.resolve("auto", q.float()[..., :6], BLOCK, 0.0) == "reference"
+    assert selection.resolve("auto", q, BLOCK) == "reference"
+    assert selection.resolve("auto", q.float(), BLOCK) == "cpu"
+    assert selection.resolve("auto", q.float(), 4) == "reference"
+    assert selection.resolve("auto", q.float()[..., :6], BLOCK) == "reference"

@@ -17,9 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CUDA_ARCHITECTURES = (
-    "75-real;80-real;90"  # 90 also as PTX, which newer GPUs compile when they load it
-)
+CUDA_ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # those of them that nvcc can compile for
 EXCERPT_LINES = 15
 
 NO_COMPILER = """no C++ compiler found (looked for $CXX, c++, g++ and clang++). Install one and run this again:
@@ -61,6 +59,18 @@ def find_nvcc() -> str | None:
         if home and (path := shutil.which("nvcc", path=str(Path(home) / "bin"))):
             return path
     return None
+
+
+def default_architectures(nvcc: str) -> str:
+    """CUDA_ARCHITECTURES that this nvcc knows, as CMAKE_CUDA_ARCHITECTURES.
+
+    The last one also as PTX, which newer GPUs compile when they load it.
+    """
+    done = subprocess.run([nvcc, "--list-gpu-arch"], text=True, capture_output=True)
+    known = [number for number in CUDA_ARCHITECTURES if f"compute_{number}" in done.stdout.split()]
+    if done.returncode or not known:
+        raise BuildError(f"{nvcc} --list-gpu-arch names none of {CUDA_ARCHITECTURES}")
+    return ";".join([*(f"{number}-real" for number in known[:-1]), str(known[-1])])
 
 
 def run(command: list[str], log: Path) -> None:
@@ -118,7 +128,7 @@ def build_cpu(source: Path, folder: Path, log: Path) -> tuple[Path, dict]:
 
 
 def build_cuda(
-    source: Path, folder: Path, log: Path, mode: str, architectures: str
+    source: Path, folder: Path, log: Path, mode: str, architectures: str | None
 ) -> tuple[Path | None, dict]:
     """Like build_cpu; with mode "auto" a missing or failing nvcc is recorded, not raised."""
     if mode == "off":
@@ -127,6 +137,7 @@ def build_cuda(
     try:
         if nvcc is None:
             raise BuildError("nvcc not found (looked for $CUDACXX, PATH, $CUDA_HOME)")
+        architectures = architectures or default_architectures(nvcc)
         options = [
             "-DSAT_CPU=OFF",
             "-DSAT_CUDA=ON",
@@ -150,7 +161,7 @@ def build_cuda(
     return library, record
 
 
-def build_kernels(source: Path, output_dir: Path, cuda: str, architectures: str) -> dict:
+def build_kernels(source: Path, output_dir: Path, cuda: str, architectures: str | None) -> dict:
     """Builds what `cuda` ("auto", "off", "required") asks for into `output_dir`.
 
     Returns the content of kernels.json. Raises BuildError; then no library is left there.
@@ -192,8 +203,8 @@ def main() -> None:
     )
     parser.add_argument(
         "--cuda-architectures",
-        default=CUDA_ARCHITECTURES,
-        help="as CMAKE_CUDA_ARCHITECTURES, separated by semicolons (default: %(default)s)",
+        help="as CMAKE_CUDA_ARCHITECTURES, separated by semicolons (default: those of "
+        f"{', '.join(map(str, CUDA_ARCHITECTURES))} that nvcc knows, the last one also as PTX)",
     )
     args = parser.parse_args()
     try:

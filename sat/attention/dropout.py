@@ -1,0 +1,53 @@
+"""Dropout of attention weights from a counter: every backend, and the backward, draw the same factors.
+
+The generator is that of csrc/sat_kernels.h: a factor depends on the seed and on the place of the
+weight only, so nothing of the size of the weights is kept.
+"""
+
+import ctypes
+
+import torch
+
+_WORD = 0xFFFFFFFF
+
+
+def draw_seed() -> torch.Tensor:
+    """A seed, int64 [] on the CPU, from torch's default generator: torch.manual_seed repeats it."""
+    return torch.randint(2**63 - 1, ())
+
+
+def _signed(x: int) -> int:
+    """A 64-bit constant as torch.int64 holds it."""
+    return x - (1 << 64) if x >> 63 else x
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unsigned right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def factors(
+    seed: torch.Tensor, dropout_p: float, pairs: torch.Tensor, rows, columns, length: int
+) -> torch.Tensor:
+    """What multiplies the weights: 0 with probability dropout_p, else 1 / (1 - dropout_p).
+
+    Args:
+        seed: int64 [].
+        pairs: int64, batch * num_heads + head. rows, columns: int64, places in the sequence.
+            The three are broadcast to the result.
+        length: of the sequence.
+
+    Returns: float32.
+    """
+    # int64 wraps as the unsigned numbers of the definition do
+    z = seed.to(pairs.device) + _signed(0x9E3779B97F4A7C15) * (pairs * length + rows + 1)
+    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
+    z = z ^ _shift(z, 31)
+    x = (z + 0x9E3779B9 * columns) & _WORD
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _WORD
+    x = (((x ^ (x >> 15)) + _shift(z, 32)) * 0x846CA68B) & _WORD
+    x = x ^ (x >> 16)
+    threshold = int(ctypes.c_float(dropout_p).value * 2**24 + 0.5)
+    kept = 2**24 / (2**24 - threshold) if threshold < 2**24 else 0.0
+    return torch.where((x >> 8) < threshold, 0.0, kept).to(torch.float32)

@@ -1,0 +1,104 @@
+// Calls every function of libsat_cpu on tensors of exactly the size they need, for test_cpu_sanitizers.py:
+// AddressSanitizer sees every element read or written outside. Exit status 1 if a result is not finite.
+#include <cmath>
+#include <cstdio>
+#include <vector>
+
+#include "../../csrc/sat_kernels.h"
+
+namespace {
+
+using Floats = std::vector<float>;
+
+// A length, a width and a block, 0 for dense; real tokens of the two sequences.
+struct Case {
+  int64_t length, width, block;
+  int32_t real[2];
+  float dropout_p, scale;
+};
+
+constexpr int64_t kBatch = 2, kHeads = 2;
+
+Floats numbers(int64_t count, unsigned seed) {
+  Floats x(count);
+  for (float &value : x) {
+    seed = seed * 1664525u + 1013904223u;
+    value = static_cast<float>(seed >> 8) / (1 << 23) - 1.0f;
+  }
+  return x;
+}
+
+bool finite(const Floats &x, bool infinite_allowed = false) {
+  for (float value : x)
+    if (std::isnan(value) || (std::isinf(value) && !infinite_allowed)) return false;
+  return true;
+}
+
+bool run(const Case &c) {
+  const int64_t rows = kBatch * kHeads * c.length, size = rows * c.width;
+  const auto tensor = [&](Floats &x) {
+    return sat_tensor{x.data(), kHeads * c.length * c.width, c.length * c.width, c.width};
+  };
+  Floats data[8];  // q, k, v, o, d_o, dq, dk, dv
+  sat_tensor t[8];
+  for (int i = 0; i < 8; ++i) {
+    data[i] = numbers(size, i + 1);
+    t[i] = tensor(data[i]);
+  }
+  for (float &x : data[0]) x *= c.scale;
+  Floats lse(rows), rest(rows), map(c.length * c.length), delta(rows);
+  const std::vector<int32_t> real(c.real, c.real + 2);
+  const sat_problem problem = {kBatch, kHeads, c.length, c.width, real.data(), real.data(), 0.2f,
+                               SAT_ZERO_LOGITS, SAT_FLOAT32, c.dropout_p, 7};
+  int status;
+  if (c.block) {
+    // A full row, an empty one, and every second block of the others.
+    const int32_t nb = static_cast<int32_t>(c.length / c.block);
+    std::vector<int32_t> row_ptr = {0}, col_idx, col_ptr = {0}, row_idx;
+    const auto selected = [](int32_t i, int32_t j) { return i == 0 || (i > 1 && (i + j) % 2 == 0); };
+    for (int32_t i = 0; i < nb; ++i) {
+      for (int32_t j = 0; j < nb; ++j) {
+        if (selected(i, j)) col_idx.push_back(j);
+        if (selected(j, i)) row_idx.push_back(j);
+      }
+      row_ptr.push_back(static_cast<int32_t>(col_idx.size()));
+      col_ptr.push_back(static_cast<int32_t>(row_idx.size()));
+    }
+    const sat_blocks blocks = {c.block, row_ptr.data(), col_idx.data(), col_ptr.data(), row_idx.data()};
+    status = sat_block_sparse_forward(&problem, &blocks, &t[0], &t[1], &t[2], &t[3], lse.data(),
+                                      rest.data(), nullptr);
+    status |= sat_block_sparse_backward(&problem, &blocks, &t[0], &t[1], &t[2], &t[3], lse.data(),
+                                        rest.data(), &t[4], &t[5], &t[6], &t[7], delta.data(), nullptr);
+  } else {
+    status = sat_dense_forward(&problem, &t[0], &t[1], &t[2], &t[3], lse.data(), rest.data(), map.data(),
+                               nullptr);
+    status |= sat_dense_backward(&problem, &t[0], &t[1], &t[2], &t[3], lse.data(), rest.data(), &t[4],
+                                 &t[5], &t[6], &t[7], delta.data(), nullptr);
+  }
+  bool good = status == SAT_OK && finite(map) && finite(rest) && finite(lse, true);
+  for (const Floats &x : data) good &= finite(x);
+  return good;
+}
+
+}  // namespace
+
+int main() {
+  const Case cases[] = {
+      {128, 32, 32, {128, 77}, 0, 1},    {128, 64, 64, {128, 1}, 0, 1}, {64, 8, 16, {33, 0}, 0, 1},
+      {128, 32, 32, {128, 77}, 0.3f, 1}, {96, 40, 32, {96, 50}, 0, 1e4f}, {37, 8, 0, {37, 20}, 0, 1},
+      {130, 32, 0, {130, 0}, 0.5f, 1},   {64, 64, 0, {64, 33}, 0, 1e4f}, {1, 24, 0, {1, 1}, 0, 1},
+  };
+  for (const char *set : {"baseline", "avx2", "avx512", "neon"}) {
+    if (sat_use_instruction_set(set) != SAT_OK) continue;
+    for (int threads : {1, 5})  // 5: the backward in two passes
+      for (const Case &c : cases) {
+        sat_set_num_threads(threads);
+        if (!run(c)) {
+          std::printf("%s: length %d, width %d, block %d\n", set, static_cast<int>(c.length),
+                      static_cast<int>(c.width), static_cast<int>(c.block));
+          return 1;
+        }
+      }
+    std::printf("%s\n", set);
+  }
+}

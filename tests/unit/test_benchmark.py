@@ -1,0 +1,80 @@
+"""The benchmark of attention, its report, and the start with allocator settings."""
+
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sat import benchmark, launch
+from sat.attention import block_sparse_attention
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_quick_benchmark_and_report(kernels_dir, tmp_path):
+    before = torch.get_num_threads()
+    file = tmp_path / "attention.json"
+    try:
+        benchmark.main(["attention", "--json", str(file), "--quick", "--rounds", "1", "--no-flex"])
+    finally:
+        torch.set_num_threads(before)
+    record = json.loads(file.read_text())
+    assert {row["implementation"] for row in record["results"]} >= {"sdpa", "sat", "gather + bmm"}
+    assert all(row["seconds"] > 0 for row in record["results"])
+    if not all(importlib.util.find_spec(name) for name in ("pandas", "matplotlib")):
+        pytest.skip("no pandas and matplotlib here for the report")
+    script = ROOT / "workflow/scripts/benchmark_report.py"
+    folder = tmp_path / "report"
+    command = [sys.executable, script, file, "--output-dir", folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    names = {"attention.csv", "attention.md", "speedup.svg", "time.svg", "memory.svg"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert (folder / "attention.md").read_text().count("\n| 2 | 256 |") == 3
+
+
+def test_gather_and_bmm_is_zero_logit_attention():
+    q, k, v = torch.randn(3, 2, 2, 64, 8, generator=torch.Generator().manual_seed(0))
+    mask = benchmark.random_mask(4, 0.3, torch.Generator().manual_seed(0))
+    assert mask.sum() == 5
+    expected = block_sparse_attention(q, k, v, mask, block_size=16, backend="reference")
+    torch.testing.assert_close(benchmark.gather_bmm(mask, 16)(q, k, v), expected)
+
+
+PROGRAM = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from sat.launch import with_allocator_settings
+with_allocator_settings()
+print(os.environ.get("GLIBC_TUNABLES"), sys.argv[2], os.getpid())
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("already", [None, "glibc.malloc.check=0"])
+def test_a_program_starts_anew_with_allocator_settings(tmp_path, already):
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    environment = {key: x for key, x in os.environ.items() if key != "GLIBC_TUNABLES"}
+    if already:
+        environment["GLIBC_TUNABLES"] = already
+    process = subprocess.Popen(
+        [sys.executable, script, str(ROOT), "a b"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    settings, first, second, pid = process.communicate()[0].split()
+    assert process.returncode == 3
+    assert (first, second) == ("a", "b")
+    assert int(pid) == process.pid  # signals reach it
+    if already:
+        assert settings == already
+    elif platform.libc_ver()[0] == "glibc":
+        assert all(f"glibc.malloc.{name}=" in settings for name in launch.TUNABLES)

@@ -1,0 +1,102 @@
+"""FlexAttention behind the gate of the zero-logit denominator, forward on the CPU."""
+
+import pytest
+import torch
+
+import sat.attention as attention
+from sat.attention import flex, kernels, reference, selection
+
+BLOCK, N = 32, 128
+
+
+def inputs(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(3, 2, N, 16, generator=generator).to(dtype) for _ in range(3)]
+
+
+def make_mask():
+    """An empty row, a full one and random ones."""
+    mask = torch.rand(4, 4, generator=torch.Generator().manual_seed(1)) < 0.5
+    mask[0], mask[1] = False, True
+    return mask
+
+
+@pytest.mark.parametrize("denominator", kernels.DENOMINATORS)
+@pytest.mark.parametrize("lengths", [None, [N, 50, 0]])
+def test_flex_gives_the_numbers_of_reference(denominator, lengths):
+    lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+    arguments = make_mask(), BLOCK, lengths, denominator
+    expected = reference.block_sparse_attention(
+        *(x.double() for x in inputs()), *arguments, 0.0, None
+    )
+    got = flex.block_sparse_attention(*inputs(), *arguments)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_another_mask_of_the_same_shape_gives_its_own_numbers():
+    outputs = [
+        flex.block_sparse_attention(*inputs(), mask, BLOCK, None, "zero_logits")[0]
+        for mask in (make_mask(), ~make_mask())
+    ]
+    assert not outputs[0][:, :, :BLOCK].any() and not outputs[1][:, :, BLOCK : 2 * BLOCK].any()
+    assert outputs[1][:, :, :BLOCK].all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_size": None}, "it has no dense attention"),
+        ({"dropout_p": 0.1}, "it has no dropout"),
+        ({"dtype": torch.float64}, "it takes torch.float32, torch.bfloat16, torch.float16, got"),
+        ({"device": "meta"}, "the tensors are on meta"),
+    ],
+)
+def test_what_flex_cannot_do_is_named(change, message):
+    q = torch.zeros(1, 1, N, 16, dtype=change.get("dtype"), device=change.get("device"))
+    options = {"block_size": BLOCK, "dropout_p": 0.0} | change
+    assert message in flex.obstacle(q, options["block_size"], options["dropout_p"])
+
+
+def test_behind_the_door_on_the_cpu_by_name():
+    q, k, v = (x.requires_grad_() for x in inputs())
+    options = {"block_size": BLOCK, "backend": "flex"}
+    with torch.no_grad():
+        o = attention.block_sparse_attention(q, k, v, make_mask(), **options)
+    expected = attention.block_sparse_attention(
+        q, k, v, make_mask(), block_size=BLOCK, backend="reference"
+    )
+    torch.testing.assert_close(o, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="'flex' has no backward on the CPU; use torch.no_grad"):
+        attention.block_sparse_attention(q, k, v, make_mask(), **options)
+    with pytest.raises(ValueError, match="'flex' cannot be used: it has no dropout"):
+        attention.block_sparse_attention(q, k, v, make_mask(), **options, dropout_p=0.1)
+    with pytest.raises(ValueError, match="'flex' cannot be used: it has no dense attention"):
+        attention.dense_attention(q, k, v, backend="flex")
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """The choice for a GPU, with errors given by a table: what it takes and what it logs."""
+    errors = {}
+
+    def largest_error(backend):
+        if isinstance(errors[backend], Exception):
+            raise errors[backend]
+        return errors[backend]
+
+    monkeypatch.setattr(selection, "unavailable", lambda backend: None)
+    monkeypatch.setattr(selection, "largest_error", largest_error)
+    monkeypatch.setattr(kernels, "instruction_set", lambda device_type: "cuda")
+    return errors
+
+
+def test_on_a_gpu_flex_comes_after_the_kernels(a_gpu, caplog):
+    a_gpu.update(cuda=1e-7, flex=1e-7)
+    assert selection._choose.__wrapped__("cuda") == "cuda" and not caplog.records
+    a_gpu.update(cuda=RuntimeError("no kernel image"))
+    assert selection._choose.__wrapped__("cuda") == "flex"
+    assert "its check failed: no kernel image" in caplog.text
+    a_gpu.update(flex=1.0)
+    assert selection._choose.__wrapped__("cuda") == "reference"
+    assert "plain PyTorch" in caplog.text and "not flex: its kernels differ" in caplog.text

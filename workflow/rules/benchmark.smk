@@ -1,0 +1,62 @@
+# kernels -> time and memory of attention beside PyTorch's: tables and figures. Not part of `all`.
+
+BENCHMARK = f"{RESULTS}/benchmark"
+
+
+rule measure_attention:
+    input:
+        env="envs/torch.yaml",
+        sources=sorted(
+            str(path) for path in [*Path("sat/attention").glob("*.py"), Path("sat/benchmark.py")]
+        ),
+        kernels=rules.compile_kernels.output,
+    output:
+        json=f"{BENCHMARK}/attention.json",
+    log:
+        f"{RESULTS}/logs/measure_attention.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/measure_attention.tsv"
+    conda:
+        "../../envs/torch.yaml"
+    threads: config["threads"]["train"]
+    resources:
+        mem_mb=16000,
+    params:
+        root=in_root,
+        python=in_env("torch"),
+        kernels=lambda wildcards, input: str(Path(input.kernels[0]).parent),
+        quick="--quick" if config["data"] == "generated" else "",
+    shell:
+        "SAT_KERNELS={params.kernels:q} PYTHONPATH={params.root:q} {params.python} -m sat.benchmark attention "
+        "--json {output.json} --threads {threads} {params.quick} > {log} 2>&1"
+
+
+rule report_attention:
+    input:
+        env="envs/report.yaml",
+        script="workflow/scripts/benchmark_report.py",
+        shared=["workflow/scripts/collect.py", "workflow/scripts/figures.py"],
+        json=rules.measure_attention.output.json,
+    output:
+        csv=f"{BENCHMARK}/attention.csv",
+        md=f"{BENCHMARK}/attention.md",
+        figures=expand(f"{BENCHMARK}/{{name}}.svg", name=["speedup", "time", "memory"]),
+    log:
+        f"{RESULTS}/logs/report_attention.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/report_attention.tsv"
+    conda:
+        "../../envs/report.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+    params:
+        python=in_env("report"),
+        folder=parent_of("csv"),
+    shell:
+        "{params.python} {input.script} {input.json} --output-dir {params.folder} > {log} 2>&1"
+
+
+rule benchmark:
+    input:
+        rules.report_attention.output,
