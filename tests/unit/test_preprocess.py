@@ -274,15 +274,18 @@ def run_in(
     return json.loads((run_data / task / "manifest.json").read_text())
 
 
-# Writes data sets in the layout of TFDS, records in the given order: {folder: {split: examples}} in JSON, bytes
-# as Latin-1.
+# TensorFlow takes seconds to start, so that one process does all that a test wants. Writes data sets in the layout
+# of TFDS, records in the given order: {folder: {split: examples}}, bytes as Latin-1. Then preprocesses:
+# [[task, config, run_data, output_dir]].
 WRITER = """
 import json, sys
 from pathlib import Path
 import numpy as np
 from lra.tfds_folder import import_tfds
+import preprocess
 tfds = import_tfds()
-for folder, splits in json.load(sys.stdin).items():
+data_sets, jobs = json.load(sys.stdin)
+for folder, splits in data_sets.items():
     folder = Path(folder)
     folder.mkdir(parents=True)
     kinds = {"image": tfds.features.Image(), "label": tfds.features.Scalar(np.int64)}
@@ -299,26 +302,43 @@ for folder, splits in json.load(sys.stdin).items():
         pack = lambda value: value.encode("latin-1") if isinstance(value, str) else value
         writer.add_examples({split: [{n: pack(v) for n, v in row.items()} for row in rows]})
     writer.close_all()
+found = []
+for task, config, run_data, output_dir in jobs:
+    try:
+        found.append(preprocess.preprocess(task, config, Path(run_data), Path(output_dir)))
+    except ValueError as error:
+        found.append(str(error))
+print("found:", json.dumps(found))
 """
 
 
-def write_datasets(python: Path, folders: dict[Path, dict[str, list[dict]]]) -> None:
+def in_tf(
+    python: Path, data_sets: dict[Path, dict[str, list[dict]]], jobs: list[tuple] = ()
+) -> list[dict | str]:
+    """Write data sets, preprocess; returns the manifest or the error of every job."""
     text = json.dumps(
-        {
-            str(folder): {
-                split: [
-                    {n: v.decode("latin-1") if isinstance(v, bytes) else v for n, v in row.items()}
-                    for row in rows
-                ]
-                for split, rows in splits.items()
-            }
-            for folder, splits in folders.items()
-        }
+        [
+            {
+                str(folder): {
+                    split: [
+                        {
+                            n: v.decode("latin-1") if isinstance(v, bytes) else v
+                            for n, v in row.items()
+                        }
+                        for row in rows
+                    ]
+                    for split, rows in splits.items()
+                }
+                for folder, splits in data_sets.items()
+            },
+            [(task, config, str(data), str(output)) for task, config, data, output in jobs],
+        ]
     )
     environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
     command = [python, "-c", WRITER]
     done = subprocess.run(command, input=text, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.split("found:")[1])
 
 
 def rows_of(run_data: Path, task: str, split: str) -> list[dict]:
@@ -628,7 +648,7 @@ def make_pathfinder_tfds(python: Path, run_data: Path, level: str = "hard") -> N
                     examples[key] = {"image": data, "label": int(label)}
     rows = [examples[key] for key in sorted(examples)]
     folder = run_data / "tfds/pathfinder32/1.0.0"
-    write_datasets(python, {folder: {"easy": rows[:3], level: rows}})
+    in_tf(python, {folder: {"easy": rows[:3], level: rows}})
 
 
 @pytest.mark.parametrize("caps", [{}, {"train": 51, "dev": 5, "test": 7}])
@@ -705,20 +725,23 @@ def test_sizes_of_reads_do_not_matter_to_images(tmp_path, tf_python):
 
 
 def test_broken_data_sets_of_tfds_are_said(tmp_path, tf_python):
-    make_texts(tf_python, tmp_path, "text")
-    folder = tmp_path / "tfds/imdb_reviews/plain_text/1.0.0"
-    (path,) = folder.glob("*-train.tfrecord*")
-    whole = path.read_bytes()
-    for broken in (whole[:-1], whole[:900] + bytes([whole[900] ^ 1]) + whole[901:]):
-        path.write_bytes(broken)
-        with pytest.raises(ValueError, match="error: .* is cut or corrupt"):
-            run_in(tf_python, tmp_path, "text", 9)
-    path.unlink()
-    with pytest.raises(ValueError, match="error: .* is cut or corrupt"):
-        run_in(tf_python, tmp_path, "text", 9)
-    (folder / "dataset_info.json").unlink()
-    with pytest.raises(ValueError, match="prepare_tfds.py or extract.py"):
-        run_in(tf_python, tmp_path, "text", 9)
+    names = ["cut", "flipped", "gone", "no description"]
+    data_sets, jobs = {}, []
+    for name in names:
+        data_sets |= make_texts(tmp_path / name, "text")[1]
+        data = tmp_path / name
+        jobs.append(("text", {"max_length": 9}, data, data / "text"))
+    in_tf(tf_python, data_sets)
+    cut, flipped, gone, _ = [next(folder.glob("*-train.tfrecord*")) for folder in data_sets]
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:-1])
+    flipped.write_bytes(whole[:900] + bytes([whole[900] ^ 1]) + whole[901:])
+    gone.unlink()
+    (list(data_sets)[3] / "dataset_info.json").unlink()
+    errors = in_tf(tf_python, {}, jobs)
+    assert all("is cut or corrupt" in error for error in errors[:3])
+    assert "prepare_tfds.py or extract.py" in errors[3]
+    assert not any((tmp_path / name / "text").exists() for name in names)
 
 
 TEXT_SETS = {
@@ -728,8 +751,11 @@ TEXT_SETS = {
 }
 
 
-def make_texts(python: Path, run_data: Path, task: str, reverse: bool = False) -> list[dict]:
-    """60 train and 20 test examples of a data set of texts; two of train have labels that are none."""
+def make_texts(run_data: Path, task: str, reverse: bool = False) -> tuple[list[dict], dict]:
+    """60 train and 20 test examples of a data set of texts; two of train have labels that are none.
+
+    Returns them and what in_tf is to write.
+    """
     folder, file, feature, num_classes = TEXT_SETS[task]
     add_record(run_data, file, "released")
     rows = [
@@ -739,40 +765,49 @@ def make_texts(python: Path, run_data: Path, task: str, reverse: bool = False) -
     rows[7]["label"], rows[9]["label"] = -1, num_classes
     step = -1 if reverse else 1
     splits = {"train": rows[:60][::step], "test": rows[60:]}
-    write_datasets(python, {run_data / "tfds" / folder: splits})
-    return rows
+    return rows, {run_data / "tfds" / folder: splits}
 
 
-@pytest.mark.parametrize("task", TEXT_SETS)
-def test_texts_of_tfds(tmp_path, task, tf_python):
-    rows = make_texts(tf_python, tmp_path, task)
-    manifest = run_in(tf_python, tmp_path, task, 9)
-    folder, file, feature, num_classes = TEXT_SETS[task]
-    assert manifest["num_classes"] == num_classes and manifest["vocab_size"] == 257
-    assert manifest["sources"][0]["file"] == file
-    assert [manifest["splits"][s]["rows"] for s in preprocess.SPLITS] == [52, 6, 20]
-    name = f"{folder.split('/')[-2]} train"
-    refused = manifest["splits"]["train"]["refused"]
-    assert [(row["file"], row["line"]) for row in refused] == [(name, 8), (name, 10)]
-    found = [
-        (decode(row["input_ids_0"]), row["label"])
-        for split in preprocess.SPLITS
-        for row in rows_of(tmp_path, task, split)
-    ]
-    expected = [(row[feature][:9], row["label"]) for row in rows if 0 <= row["label"] < num_classes]
-    assert sorted(found) == sorted(expected)
-    lra = run_in(tf_python, tmp_path, task, 9, dev_split="lra")
-    assert lra["splits"]["dev"]["sha256"] == lra["splits"]["test"]["sha256"]
-    assert lra["splits"]["train"]["rows"] == 58
+def test_texts_of_tfds(tmp_path, tf_python):
+    made, data_sets, jobs = {}, {}, []
+    for task in TEXT_SETS:
+        made[task], folders = make_texts(tmp_path, task)
+        data_sets |= folders
+        config = {"max_length": 9}
+        jobs.append((task, config, tmp_path, tmp_path / task))
+        config = config | {"options": {"dev_split": "lra"}}
+        jobs.append((task, config, tmp_path, tmp_path / f"{task}_lra"))
+    manifests = iter(in_tf(tf_python, data_sets, jobs))
+    for task, (folder, file, feature, num_classes) in TEXT_SETS.items():
+        manifest, lra = next(manifests), next(manifests)
+        assert manifest["num_classes"] == num_classes and manifest["vocab_size"] == 257
+        assert manifest["sources"][0]["file"] == file
+        assert [manifest["splits"][s]["rows"] for s in preprocess.SPLITS] == [52, 6, 20]
+        name = f"{folder.split('/')[-2]} train"
+        refused = manifest["splits"]["train"]["refused"]
+        assert [(row["file"], row["line"]) for row in refused] == [(name, 8), (name, 10)]
+        found = [
+            (decode(row["input_ids_0"]), row["label"])
+            for split in preprocess.SPLITS
+            for row in rows_of(tmp_path, task, split)
+        ]
+        good = [row for row in made[task] if 0 <= row["label"] < num_classes]
+        assert sorted(found) == sorted((row[feature][:9], row["label"]) for row in good)
+        assert lra["splits"]["dev"]["sha256"] == lra["splits"]["test"]["sha256"]
+        assert lra["splits"]["train"]["rows"] == 58
 
 
 def test_capped_texts_are_the_same_in_any_order_of_records(tmp_path, tf_python):
-    found = []
-    for reverse in (False, True):
-        run_data = tmp_path / str(reverse)
-        make_texts(tf_python, run_data, "text", reverse)
-        run_in(tf_python, run_data, "text", 64, {"train": 20})
-        found.append([sorted(map(str, rows_of(run_data, "text", s))) for s in preprocess.SPLITS])
+    data_sets, jobs = {}, []
+    for name in ("False", "True"):
+        data = tmp_path / name
+        data_sets |= make_texts(data, "text", name == "True")[1]
+        jobs.append(("text", {"max_length": 64, "caps": {"train": 20}}, data, data / "text"))
+    in_tf(tf_python, data_sets, jobs)
+    found = [
+        [sorted(map(str, rows_of(data, "text", s))) for s in preprocess.SPLITS]
+        for _, _, data, _ in jobs
+    ]
     assert found[0] == found[1]
     assert [len(rows) for rows in found[0]] == [20, 6, 20]
 
@@ -908,8 +943,8 @@ def test_inspection_decodes_an_example(tmp_path):
 
 
 def test_inspection_of_text_and_images(tmp_path, tf_python):
-    rows = make_texts(tf_python, tmp_path, "text")
-    run_in(tf_python, tmp_path, "text", 64)
+    rows, data_sets = make_texts(tmp_path, "text")
+    in_tf(tf_python, data_sets, [("text", {"max_length": 64}, tmp_path, tmp_path / "text")])
     report = inspect_data.inspect(tmp_path / "text", "test", 0)
     assert report.splitlines()[-1] == f"input_ids_0: {rows[60]['text'].decode(errors='replace')}"
     with pytest.raises(ValueError, match="the task text has no images"):

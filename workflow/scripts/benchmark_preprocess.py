@@ -9,9 +9,10 @@ Then runs preprocess.py on each as a process of its own, at a quarter of the siz
 which grows with the data is seen, and prints a table. Needs 13 GB below --folder (default: a temporary folder) at
 scale 1, less with fewer tasks; what it made is deleted.
 
-The seconds are those of the whole process, user and system, imports included. They are compared with the
-per-example tf.data pipelines in use, which took the seconds in BASELINE on the machine where the bars were set; on
-another machine the ratio is only a hint. The size is compared with pickled int32 arrays of the model's length.
+Needs the TF environment. The seconds are those of the whole process, user and system, imports included. They are
+compared with the per-example tf.data pipelines in use, which took the seconds in BASELINE on the machine where the bars
+were set; on another machine the ratio is only a hint. The size is compared with pickled int32 arrays of the model's
+length.
 """
 
 import argparse
