@@ -33,7 +33,7 @@ from .tfds_folder import count_examples, read_examples
 
 READ_BYTES = 1 << 20
 ROWS_PER_READ = 1024
-IMAGES_PER_READ = 4000
+IMAGES_PER_READ = 512
 MAX_NOTED = 20
 
 # The splits of LRA's own TFDS form of Pathfinder; their names are the salt of the order.

@@ -10,7 +10,7 @@ import numpy as np
 
 from .files import require, scratch_folder
 
-EXAMPLES_PER_READ = 1024
+EXAMPLES_PER_READ = 512
 
 
 def import_tfds():
