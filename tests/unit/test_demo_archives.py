@@ -13,7 +13,6 @@ from random import Random
 import demo_archives
 import extract
 import numpy as np
-import preprocess
 import pytest
 from lra.generate_listops import apply_operator, generate_rows
 from lra.generate_pathfinder import generate_images
@@ -164,7 +163,7 @@ def test_layout_is_that_of_the_release(archive):
     ]
 
 
-def test_archive_goes_the_way_of_the_real_one(archive, tmp_path):
+def test_archive_goes_the_way_of_the_real_one(archive, tmp_path, tf_python):
     extract.extract(archive, tmp_path / "raw", LEVEL)
     demo_archives.write_record(
         archive.parent, "lra_release.gz", "lra_release", [archive], CONFIG, ("listops",)
@@ -172,8 +171,11 @@ def test_archive_goes_the_way_of_the_real_one(archive, tmp_path):
     (tmp_path / "archives").symlink_to(archive.parent)
     settings = {"listops": (40, {}), "retrieval": (64, {}), "pathfinder": (256, {"image_size": 16})}
     for task, (max_length, options) in settings.items():
-        config = {"max_length": max_length, "options": options}
-        manifest = preprocess.preprocess(task, config, tmp_path, tmp_path / task)
+        config = json.dumps({"max_length": max_length, "options": options})
+        command = [tf_python, SCRIPTS / "preprocess.py", "--task", task, "--config", config]
+        command += ["--run-data", tmp_path, "--output-dir", tmp_path / task]
+        subprocess.run(command, check=True)
+        manifest = json.loads((tmp_path / task / "manifest.json").read_text())
         rows = {split: facts["rows"] for split, facts in manifest["splits"].items()}
         expected = CONFIG[task] if task != "pathfinder" else {"train": 48, "dev": 6, "test": 6}
         assert rows == {split: expected[split] for split in rows}

@@ -91,12 +91,12 @@ def test_missing_task_is_one_line(tmp_path):
 
 
 def test_benchmark_makes_its_input_and_measures(tmp_path, capsys, monkeypatch):
-    arguments = ["benchmark_preprocess.py", "--scale", "0.002", "--tasks", "text"]
+    arguments = ["benchmark_preprocess.py", "--scale", "0.002", "--tasks", "listops"]
     arguments += ["--folder", str(tmp_path), "--json", str(tmp_path / "figures.json")]
     monkeypatch.setattr(sys, "argv", arguments)
     benchmark_preprocess.main()
-    assert "text            100" in capsys.readouterr().out
-    whole = json.loads((tmp_path / "figures.json").read_text())["tasks"]["text"]["whole"]
-    assert whole["rows"] == 100 and whole["refused"] == 0
+    assert "listops         200" in capsys.readouterr().out
+    whole = json.loads((tmp_path / "figures.json").read_text())["tasks"]["listops"]["whole"]
+    assert whole["rows"] == 200 and whole["refused"] == 0
     assert 0 < whole["cpu_seconds"] < 60 and whole["share_of_pickles"] < 0.25
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]

@@ -20,9 +20,8 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lra import encode, order, readers, tfrecord
+from lra import encode, order, readers
 from lra.arrow import read_arrow
-from lra.tfrecord import write_dataset
 from PIL import Image
 
 SCRIPTS = Path(preprocess.__file__).parent
@@ -260,6 +259,88 @@ def run(run_data: Path, task: str, max_length: int, caps: dict | None = None, **
     return preprocess.preprocess(task, config | {"options": options}, run_data, run_data / task)
 
 
+def run_in(
+    python: Path, run_data: Path, task: str, max_length: int, caps: dict | None = None,
+    source: str | None = None, **options,
+) -> dict:  # fmt: skip
+    """The same in a process of the TensorFlow environment, which texts and images need."""
+    config = {"task": task, "caps": NO_CAPS | (caps or {}), "max_length": max_length}
+    config |= {"options": options} | ({"source": source} if source else {})
+    command = [python, SCRIPTS / "preprocess.py", "--task", task, "--config", json.dumps(config)]
+    command += ["--run-data", run_data, "--output-dir", run_data / task]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(done.stderr[-3000:])
+    return json.loads((run_data / task / "manifest.json").read_text())
+
+
+# TensorFlow takes seconds to start, so that one process does all that a test wants. Writes data sets in the layout
+# of TFDS, records in the given order: {folder: {split: examples}}, bytes as Latin-1. Then preprocesses:
+# [[task, config, run_data, output_dir]].
+WRITER = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from lra.tfds_folder import import_tfds
+import preprocess
+tfds = import_tfds()
+data_sets, jobs = json.load(sys.stdin)
+for folder, splits in data_sets.items():
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    kinds = {"image": tfds.features.Image(), "label": tfds.features.Scalar(np.int64)}
+    names = next(iter(splits.values()))[0]
+    features = tfds.features.FeaturesDict({n: kinds.get(n, tfds.features.Text()) for n in names})
+    name = folder.parts[-3] if "plain_text" in folder.parts else folder.parts[-2]
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name=name, version=tfds.core.Version(folder.name), data_dir=str(folder), module_name=""
+    )
+    info = tfds.core.DatasetInfo(builder=identity, features=features)
+    writer = tfds.core.SequentialWriter(info, 10**6)
+    writer.initialize_splits(list(splits))
+    for split, rows in splits.items():
+        pack = lambda value: value.encode("latin-1") if isinstance(value, str) else value
+        writer.add_examples({split: [{n: pack(v) for n, v in row.items()} for row in rows]})
+    writer.close_all()
+found = []
+for task, config, run_data, output_dir in jobs:
+    try:
+        found.append(preprocess.preprocess(task, config, Path(run_data), Path(output_dir)))
+    except ValueError as error:
+        found.append(str(error))
+print("found:", json.dumps(found))
+"""
+
+
+def in_tf(
+    python: Path, data_sets: dict[Path, dict[str, list[dict]]], jobs: list[tuple] = ()
+) -> list[dict | str]:
+    """Write data sets, preprocess; returns the manifest or the error of every job."""
+    text = json.dumps(
+        [
+            {
+                str(folder): {
+                    split: [
+                        {
+                            n: v.decode("latin-1") if isinstance(v, bytes) else v
+                            for n, v in row.items()
+                        }
+                        for row in rows
+                    ]
+                    for split, rows in splits.items()
+                }
+                for folder, splits in data_sets.items()
+            },
+            [(task, config, str(data), str(output)) for task, config, data, output in jobs],
+        ]
+    )
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
+    command = [python, "-c", WRITER]
+    done = subprocess.run(command, input=text, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.split("found:")[1])
+
+
 def rows_of(run_data: Path, task: str, split: str) -> list[dict]:
     return [row for b in read_arrow(run_data / task / f"{split}.arrow") for row in b.to_pylist()]
 
@@ -474,9 +555,9 @@ def all_rows(run_data: Path, task: str) -> list[tuple[list[int], int]]:
     ]
 
 
-def test_pathfinder_splits_follow_the_order_of_tfds(tmp_path):
+def test_pathfinder_splits_follow_the_order_of_tfds(tmp_path, tf_python):
     pixels = make_pathfinder(tmp_path)
-    manifest = run(tmp_path, "pathfinder", 64, image_size=8)
+    manifest = run_in(tf_python, tmp_path, "pathfinder", 64, image_size=8)
     assert [manifest["splits"][s]["rows"] for s in preprocess.SPLITS] == [192, 24, 24]
     keys = sorted(pixels, key=lambda key: hashlib.md5(f"hard{key}".encode()).hexdigest())
     assert all_rows(tmp_path, "pathfinder") == [pixels[key] for key in keys]
@@ -485,16 +566,16 @@ def test_pathfinder_splits_follow_the_order_of_tfds(tmp_path):
     assert schema.field("input_ids_0").type == pa.list_(pa.uint8(), 64)
 
 
-def test_pathfinder_does_not_depend_on_the_order_of_members(tmp_path):
+def test_pathfinder_does_not_depend_on_the_order_of_members(tmp_path, tf_python):
     found = []
     for reverse in (False, True):
         make_pathfinder(tmp_path, reverse)
-        run(tmp_path, "pathfinder", 64, {"train": 50}, image_size=8)
+        run_in(tf_python, tmp_path, "pathfinder", 64, {"train": 50}, image_size=8)
         found.append(hashes(tmp_path / "pathfinder"))
     assert found[0] == found[1]
 
 
-def test_pathfinder_refuses_broken_images_and_lines(tmp_path):
+def test_pathfinder_refuses_broken_images_and_lines(tmp_path, tf_python):
     good = png(np.arange(64, dtype=np.uint8).reshape(8, 8))
     lines = ["imgs/0 sample_0.png 0 1", "imgs/0 sample_1.png 1 7", "imgs/0", "imgs/0 gone.png 2 1"]
     lines += [f"imgs/0 sample_{number}.png {number} 0" for number in range(4, 20)]
@@ -506,7 +587,7 @@ def test_pathfinder_refuses_broken_images_and_lines(tmp_path):
         "imgs/0/sample_7.png": png(np.zeros((9, 8), np.uint8)),
     }
     pixels = make_pathfinder(tmp_path, changes=changes)
-    manifest = run(tmp_path, "pathfinder", 64, image_size=8)
+    manifest = run_in(tf_python, tmp_path, "pathfinder", 64, image_size=8)
     refused = [row for s in preprocess.SPLITS for row in manifest["splits"][s]["refused"]]
     found = {row["line"]: row["reason"] for row in refused}
     assert {row["file"] for row in refused} == {f"{LEVEL}/metadata/0.npy"}
@@ -523,35 +604,35 @@ def test_pathfinder_refuses_broken_images_and_lines(tmp_path):
     assert len(pixels) == 240
 
 
-def test_pathfinder_image_size_must_fit_max_length(tmp_path):
+def test_pathfinder_image_size_must_fit_max_length(tmp_path, tf_python):
     make_pathfinder(tmp_path)
     with pytest.raises(ValueError, match="max_length is 1024, but images of 8x8 have 64 pixels"):
-        run(tmp_path, "pathfinder", 1024, image_size=8)
+        run_in(tf_python, tmp_path, "pathfinder", 1024, image_size=8)
 
 
-def test_binary_metadata_is_never_unpickled(tmp_path):
+def test_binary_metadata_is_never_unpickled(tmp_path, tf_python):
     buffer = io.BytesIO()
     np.save(buffer, np.array([["imgs/0"]], dtype=object), allow_pickle=True)
     make_pathfinder(tmp_path, changes={"metadata/3.npy": buffer.getvalue()})
     with pytest.raises(ValueError, match="metadata/3.npy is a binary NumPy file"):
-        run(tmp_path, "pathfinder", 64, image_size=8)
+        run_in(tf_python, tmp_path, "pathfinder", 64, image_size=8)
 
 
-def test_tar_of_another_program_is_refused(tmp_path):
+def test_tar_of_another_program_is_refused(tmp_path, tf_python):
     make_pathfinder(tmp_path, changes={"evil/name": b""})
     with pytest.raises(ValueError, match="unexpected member 'evil/name'"):
-        run(tmp_path, "pathfinder", 64, image_size=8)
+        run_in(tf_python, tmp_path, "pathfinder", 64, image_size=8)
 
 
-def test_cut_tar_is_refused(tmp_path):
+def test_cut_tar_is_refused(tmp_path, tf_python):
     make_pathfinder(tmp_path)
     path = tmp_path / "raw" / "pathfinder" / f"{LEVEL}.tar"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match="is cut"):
-        run(tmp_path, "pathfinder", 64, image_size=8)
+        run_in(tf_python, tmp_path, "pathfinder", 64, image_size=8)
 
 
-def make_pathfinder_tfds(run_data: Path, level: str = "hard") -> None:
+def make_pathfinder_tfds(python: Path, run_data: Path, level: str = "hard") -> None:
     """The images of make_pathfinder in the form of TFDS: by the md5 of their keys, one level a split."""
     add_record(run_data, "pathfinder_tfds.gz", "released")
     path = run_data / "raw" / "pathfinder" / f"{LEVEL}.tar"
@@ -566,40 +647,37 @@ def make_pathfinder_tfds(run_data: Path, level: str = "hard") -> None:
                 if data:
                     examples[key] = {"image": data, "label": int(label)}
     rows = [examples[key] for key in sorted(examples)]
-    write_dataset(run_data / "tfds/pathfinder32/1.0.0", {"easy": rows[:3], level: rows})
+    folder = run_data / "tfds/pathfinder32/1.0.0"
+    in_tf(python, {folder: {"easy": rows[:3], level: rows}})
 
 
 @pytest.mark.parametrize("caps", [{}, {"train": 51, "dev": 5, "test": 7}])
-def test_both_forms_of_pathfinder_give_the_same_examples(tmp_path, caps):
+def test_both_forms_of_pathfinder_give_the_same_examples(tmp_path, caps, tf_python):
     make_pathfinder(tmp_path, changes={"imgs/3/sample_4.png": b""})
-    make_pathfinder_tfds(tmp_path)
-    manifest = run(tmp_path, "pathfinder", 64, caps, image_size=8)
+    make_pathfinder_tfds(tf_python, tmp_path)
+    manifest = run_in(tf_python, tmp_path, "pathfinder", 64, caps, image_size=8)
     assert sum(split["num_refused"] for split in manifest["splits"].values()) == 1
     found = hashes(tmp_path / "pathfinder")
-    config = {"caps": caps, "max_length": 64, "options": {"image_size": 8}}
-    other = preprocess.preprocess(
-        "pathfinder", config | {"source": "pathfinder_tfds"}, tmp_path, tmp_path / "other"
+    other = run_in(
+        tf_python, tmp_path, "pathfinder", 64, caps, source="pathfinder_tfds", image_size=8
     )
     for split in preprocess.SPLITS:
-        assert hashes(tmp_path / "other")[f"{split}.arrow"] == found[f"{split}.arrow"]
+        assert hashes(tmp_path / "pathfinder")[f"{split}.arrow"] == found[f"{split}.arrow"]
         sizes = [manifest["splits"][split]["label_counts"] for manifest in (manifest, other)]
         assert sizes[0] == sizes[1]
     assert [source["file"] for source in other["sources"]] == ["pathfinder_tfds.gz"]
     assert other["options"] == manifest["options"]
 
 
-def test_cap_of_images_takes_the_first_of_each_label_and_stops_there(tmp_path, monkeypatch):
+def test_cap_of_images_takes_the_first_of_each_label_and_stops_there(tmp_path, tf_python):
     make_pathfinder(tmp_path)
-    run(tmp_path, "pathfinder", 64, image_size=8)
+    run_in(tf_python, tmp_path, "pathfinder", 64, image_size=8)
     full = [(r["label"], r["input_ids_0"]) for r in rows_of(tmp_path, "pathfinder", "train")]
-    decoded = []
-    real = readers.decode_pngs
-    monkeypatch.setattr(
-        readers, "decode_pngs", lambda files, side: decoded.extend(files) or real(files, side)
+    manifest = run_in(
+        tf_python, tmp_path, "pathfinder", 64, {"train": 31, "dev": 1, "test": 1}, image_size=8
     )
-    manifest = run(tmp_path, "pathfinder", 64, {"train": 31, "dev": 1, "test": 1}, image_size=8)
     capped = [(r["label"], r["input_ids_0"]) for r in rows_of(tmp_path, "pathfinder", "train")]
-    assert len(capped) == 31 and len(decoded) == 33
+    assert len(capped) == 31
     counts = manifest["splits"]["train"]["label_counts"]
     for label in (0, 1):
         of_label = [row for row in full if row[0] == label]
@@ -607,19 +685,63 @@ def test_cap_of_images_takes_the_first_of_each_label_and_stops_there(tmp_path, m
         assert abs(counts[str(label)] - 31 * len(of_label) / len(full)) < 1
 
 
-def test_sizes_of_reads_do_not_matter_to_images(tmp_path, monkeypatch):
+def test_image_behind_the_last_one_taken_is_not_decoded(tmp_path, monkeypatch):
     make_pathfinder(tmp_path)
-    make_pathfinder_tfds(tmp_path)
+    decoded = []
+
+    def blank(files, side):
+        decoded.extend(files)
+        return np.zeros((len(files), side, side), np.uint8), np.arange(len(files)), {}
+
+    monkeypatch.setattr(readers, "decode_pngs", blank)
+    run(tmp_path, "pathfinder", 64, {"train": 31, "dev": 1, "test": 1}, image_size=8)
+    assert len(decoded) == 33
+
+
+SIZES = """
+import json, sys
+from pathlib import Path
+import preprocess
+from lra import readers, tfds_folder
+root = Path(sys.argv[1])
+for size in (7, 2048):
+    readers.IMAGES_PER_READ = tfds_folder.EXAMPLES_PER_READ = size
+    for source in ("lra_release", "pathfinder_tfds"):
+        config = {"max_length": 64, "options": {"image_size": 8}, "source": source}
+        preprocess.preprocess("pathfinder", config, root, root / f"{source}_{size}")
+"""
+
+
+def test_sizes_of_reads_do_not_matter_to_images(tmp_path, tf_python):
+    make_pathfinder(tmp_path)
+    make_pathfinder_tfds(tf_python, tmp_path)
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
+    subprocess.run([tf_python, "-c", SIZES, tmp_path], check=True, env=environment)
     found = []
-    for size in (7, 2048):
-        monkeypatch.setattr(readers, "IMAGES_PER_READ", size)
-        monkeypatch.setattr(tfrecord, "READ_BYTES", size * 10)
-        for source in ("lra_release", "pathfinder_tfds"):
-            config = {"max_length": 64, "options": {"image_size": 8}, "source": source}
-            preprocess.preprocess("pathfinder", config, tmp_path, tmp_path / "pathfinder")
-            (tmp_path / "pathfinder" / "manifest.json").unlink()
-            found.append(hashes(tmp_path / "pathfinder"))
-    assert all(hashed == found[0] for hashed in found)
+    for folder in tmp_path.glob("*_*[0-9]"):
+        (folder / "manifest.json").unlink()
+        found.append(hashes(folder))
+    assert len(found) == 4 and all(hashed == found[0] for hashed in found)
+
+
+def test_broken_data_sets_of_tfds_are_said(tmp_path, tf_python):
+    names = ["cut", "flipped", "gone", "no description"]
+    data_sets, jobs = {}, []
+    for name in names:
+        data_sets |= make_texts(tmp_path / name, "text")[1]
+        data = tmp_path / name
+        jobs.append(("text", {"max_length": 9}, data, data / "text"))
+    in_tf(tf_python, data_sets)
+    cut, flipped, gone, _ = [next(folder.glob("*-train.tfrecord*")) for folder in data_sets]
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:-1])
+    flipped.write_bytes(whole[:900] + bytes([whole[900] ^ 1]) + whole[901:])
+    gone.unlink()
+    (list(data_sets)[3] / "dataset_info.json").unlink()
+    errors = in_tf(tf_python, {}, jobs)
+    assert all("is cut or corrupt" in error for error in errors[:3])
+    assert "prepare_tfds.py or extract.py" in errors[3]
+    assert not any((tmp_path / name / "text").exists() for name in names)
 
 
 TEXT_SETS = {
@@ -629,8 +751,11 @@ TEXT_SETS = {
 }
 
 
-def make_texts(run_data: Path, task: str, reverse: bool = False) -> list[dict]:
-    """60 train and 20 test examples of a data set of texts; two of train have labels that are none."""
+def make_texts(run_data: Path, task: str, reverse: bool = False) -> tuple[list[dict], dict]:
+    """60 train and 20 test examples of a data set of texts; two of train have labels that are none.
+
+    Returns them and what in_tf is to write.
+    """
     folder, file, feature, num_classes = TEXT_SETS[task]
     add_record(run_data, file, "released")
     rows = [
@@ -639,40 +764,50 @@ def make_texts(run_data: Path, task: str, reverse: bool = False) -> list[dict]:
     ]
     rows[7]["label"], rows[9]["label"] = -1, num_classes
     step = -1 if reverse else 1
-    write_dataset(run_data / "tfds" / folder, {"train": rows[:60][::step], "test": rows[60:]})
-    return rows
+    splits = {"train": rows[:60][::step], "test": rows[60:]}
+    return rows, {run_data / "tfds" / folder: splits}
 
 
-@pytest.mark.parametrize("task", TEXT_SETS)
-def test_texts_of_tfds(tmp_path, task):
-    rows = make_texts(tmp_path, task)
-    manifest = run(tmp_path, task, 9)
-    folder, file, feature, num_classes = TEXT_SETS[task]
-    assert manifest["num_classes"] == num_classes and manifest["vocab_size"] == 257
-    assert manifest["sources"][0]["file"] == file
-    assert [manifest["splits"][s]["rows"] for s in preprocess.SPLITS] == [52, 6, 20]
-    name = f"{folder.split('/')[-2]} train"
-    refused = manifest["splits"]["train"]["refused"]
-    assert [(row["file"], row["line"]) for row in refused] == [(name, 8), (name, 10)]
+def test_texts_of_tfds(tmp_path, tf_python):
+    made, data_sets, jobs = {}, {}, []
+    for task in TEXT_SETS:
+        made[task], folders = make_texts(tmp_path, task)
+        data_sets |= folders
+        config = {"max_length": 9}
+        jobs.append((task, config, tmp_path, tmp_path / task))
+        config = config | {"options": {"dev_split": "lra"}}
+        jobs.append((task, config, tmp_path, tmp_path / f"{task}_lra"))
+    manifests = iter(in_tf(tf_python, data_sets, jobs))
+    for task, (folder, file, feature, num_classes) in TEXT_SETS.items():
+        manifest, lra = next(manifests), next(manifests)
+        assert manifest["num_classes"] == num_classes and manifest["vocab_size"] == 257
+        assert manifest["sources"][0]["file"] == file
+        assert [manifest["splits"][s]["rows"] for s in preprocess.SPLITS] == [52, 6, 20]
+        name = f"{folder.split('/')[-2]} train"
+        refused = manifest["splits"]["train"]["refused"]
+        assert [(row["file"], row["line"]) for row in refused] == [(name, 8), (name, 10)]
+        found = [
+            (decode(row["input_ids_0"]), row["label"])
+            for split in preprocess.SPLITS
+            for row in rows_of(tmp_path, task, split)
+        ]
+        good = [row for row in made[task] if 0 <= row["label"] < num_classes]
+        assert sorted(found) == sorted((row[feature][:9], row["label"]) for row in good)
+        assert lra["splits"]["dev"]["sha256"] == lra["splits"]["test"]["sha256"]
+        assert lra["splits"]["train"]["rows"] == 58
+
+
+def test_capped_texts_are_the_same_in_any_order_of_records(tmp_path, tf_python):
+    data_sets, jobs = {}, []
+    for name in ("False", "True"):
+        data = tmp_path / name
+        data_sets |= make_texts(data, "text", name == "True")[1]
+        jobs.append(("text", {"max_length": 64, "caps": {"train": 20}}, data, data / "text"))
+    in_tf(tf_python, data_sets, jobs)
     found = [
-        (decode(row["input_ids_0"]), row["label"])
-        for split in preprocess.SPLITS
-        for row in rows_of(tmp_path, task, split)
+        [sorted(map(str, rows_of(data, "text", s))) for s in preprocess.SPLITS]
+        for _, _, data, _ in jobs
     ]
-    expected = [(row[feature][:9], row["label"]) for row in rows if 0 <= row["label"] < num_classes]
-    assert sorted(found) == sorted(expected)
-    lra = run(tmp_path, task, 9, dev_split="lra")
-    assert lra["splits"]["dev"]["sha256"] == lra["splits"]["test"]["sha256"]
-    assert lra["splits"]["train"]["rows"] == 58
-
-
-def test_capped_texts_are_the_same_in_any_order_of_records(tmp_path):
-    found = []
-    for reverse in (False, True):
-        run_data = tmp_path / str(reverse)
-        make_texts(run_data, "text", reverse)
-        run(run_data, "text", 64, {"train": 20})
-        found.append([sorted(map(str, rows_of(run_data, "text", s))) for s in preprocess.SPLITS])
     assert found[0] == found[1]
     assert [len(rows) for rows in found[0]] == [20, 6, 20]
 
@@ -690,9 +825,9 @@ def test_pairs_of_the_mirror(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_order_of_rows_in_metadata_does_not_matter(tmp_path, seed):
+def test_order_of_rows_in_metadata_does_not_matter(tmp_path, seed, tf_python):
     make_pathfinder(tmp_path)
-    run(tmp_path, "pathfinder", 64, image_size=8)
+    run_in(tf_python, tmp_path, "pathfinder", 64, image_size=8)
     before = hashes(tmp_path / "pathfinder")
     changes = {}
     with tarfile.open(tmp_path / "raw" / "pathfinder" / f"{LEVEL}.tar") as tar:
@@ -701,7 +836,7 @@ def test_order_of_rows_in_metadata_does_not_matter(tmp_path, seed):
             random.Random(seed).shuffle(lines)
             changes[f"metadata/{folder}.npy"] = b"".join(lines)
     make_pathfinder(tmp_path, changes=changes)
-    run(tmp_path, "pathfinder", 64, image_size=8)
+    run_in(tf_python, tmp_path, "pathfinder", 64, image_size=8)
     assert hashes(tmp_path / "pathfinder") == before
 
 
@@ -792,7 +927,7 @@ def test_unknown_task_is_one_line(tmp_path):
 
 
 def test_tasks_without_tfds_import_no_tensorflow(tmp_path):
-    program = "import preprocess, sys; assert not {'tensorflow', 'PIL'} & set(sys.modules)"
+    program = "import preprocess, sys; assert not {'tensorflow', 'cv2', 'PIL'} & set(sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
 
@@ -807,15 +942,15 @@ def test_inspection_decodes_an_example(tmp_path):
         inspect_data.inspect(tmp_path / "listops", "test", 3)
 
 
-def test_inspection_of_text_and_images(tmp_path):
-    rows = make_texts(tmp_path, "text")
-    run(tmp_path, "text", 64)
+def test_inspection_of_text_and_images(tmp_path, tf_python):
+    rows, data_sets = make_texts(tmp_path, "text")
+    in_tf(tf_python, data_sets, [("text", {"max_length": 64}, tmp_path, tmp_path / "text")])
     report = inspect_data.inspect(tmp_path / "text", "test", 0)
     assert report.splitlines()[-1] == f"input_ids_0: {rows[60]['text'].decode(errors='replace')}"
     with pytest.raises(ValueError, match="the task text has no images"):
         inspect_data.inspect(tmp_path / "text", "test", 0, tmp_path / "x.png")
     make_pathfinder(tmp_path)
-    run(tmp_path, "pathfinder", 64, image_size=8)
+    run_in(tf_python, tmp_path, "pathfinder", 64, image_size=8)
     report = inspect_data.inspect(tmp_path / "pathfinder", "dev", 3)
     assert len(report.splitlines()[-1]) == 16
     assert "length, percentiles 0 25 50 75 100: [64, 64, 64, 64, 64]" in report
@@ -825,7 +960,7 @@ def test_inspection_of_text_and_images(tmp_path):
     assert pixels == rows_of(tmp_path, "pathfinder", "dev")[3]["input_ids_0"]
 
 
-def test_extraction_and_preprocessing_fit_together(tmp_path):
+def test_extraction_and_preprocessing_fit_together(tmp_path, tf_python):
     """extract.py's tar is what the Pathfinder reader expects."""
     make_pathfinder(tmp_path)
     path = tmp_path / "raw" / "pathfinder" / f"{LEVEL}.tar"
@@ -838,9 +973,9 @@ def test_extraction_and_preprocessing_fit_together(tmp_path):
         for name in (*extract.LISTOPS, *extract.RETRIEVAL):
             folder = {"listops": "listops-1000", "retrieval": "tsv_data"}[name.split("/")[0]]
             tar.addfile(tarfile.TarInfo(f"lra_release/{folder}/{name.split('/')[1]}"))
-    run(tmp_path, "pathfinder", 64, image_size=8)
+    run_in(tf_python, tmp_path, "pathfinder", 64, image_size=8)
     before = hashes(tmp_path / "pathfinder")
     path.unlink()
     extract.extract(release, tmp_path / "raw", LEVEL)
-    run(tmp_path, "pathfinder", 64, image_size=8)
+    run_in(tf_python, tmp_path, "pathfinder", 64, image_size=8)
     assert hashes(tmp_path / "pathfinder") == before

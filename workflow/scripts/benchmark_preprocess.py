@@ -9,9 +9,10 @@ Then runs preprocess.py on each as a process of its own, at a quarter of the siz
 which grows with the data is seen, and prints a table. Needs 13 GB below --folder (default: a temporary folder) at
 scale 1, less with fewer tasks; what it made is deleted.
 
-The seconds are those of the whole process, user and system, imports included. They are compared with the
-per-example tf.data pipelines in use, which took the seconds in BASELINE on the machine where the bars were set; on
-another machine the ratio is only a hint. The size is compared with pickled int32 arrays of the model's length.
+Needs the TF environment. The seconds are those of the whole process, user and system, imports included. They are
+compared with the per-example tf.data pipelines in use, which took the seconds in BASELINE on the machine where the bars
+were set; on another machine the ratio is only a hint. The size is compared with pickled int32 arrays of the model's
+length.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from lra.files import run_script, write_json
 from lra.generate_listops import generate_rows
 from lra.generate_pathfinder import generate_images
 from lra.generate_stand_ins import generate_reviews
-from lra.tfrecord import write_dataset
+from lra.tfds_folder import write_tfds
 
 # Seconds of the pipelines in use, and how many times faster the preprocessing must and should be.
 BASELINE = {
@@ -106,8 +107,9 @@ def make_text(folder: Path, scale: float) -> None:
         for _ in range(round(25_000 * scale)):
             start, length = rng.randrange(len(text) // 2), int(rng.lognormvariate(6.95, 0.65))
             piece = text[start : start + min(length, 13_000)]
-            splits[split].append({"text": piece, "label": rng.randrange(2)})
-    write_dataset(folder / "tfds/imdb_reviews/plain_text/1.0.0", splits)
+            example = {"text": piece, "label": rng.randrange(2)}
+            splits[split].append((len(splits[split]), example))
+    write_tfds("imdb_reviews/plain_text:1.0.0", folder / "tfds", splits)
 
 
 def make_image(folder: Path, scale: float) -> None:
@@ -124,12 +126,12 @@ def make_image(folder: Path, scale: float) -> None:
         files.append(png(np.clip(noisy, 0, 255).astype(np.uint8)))
     splits = {
         split: [
-            {"id": b"%s_%05d" % (split.encode(), n), "image": files[index], "label": index % 10}
+            (n, {"id": f"{split}_{n:05}", "image": files[index], "label": index % 10})
             for n, index in enumerate(rng.integers(0, len(files), round(count * scale)).tolist())
         ]
         for split, count in (("train", 50_000), ("test", 10_000))
     }
-    write_dataset(folder / "tfds/cifar10/3.0.2", splits)
+    write_tfds("cifar10:3.0.2", folder / "tfds", splits)
 
 
 def make_pathfinder(folder: Path, scale: float) -> None:

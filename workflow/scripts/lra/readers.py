@@ -1,7 +1,7 @@
 """Readers of the five tasks' raw files: batches of encoded rows, in bounded memory.
 
 A reader yields Arrow record batches with the columns input_ids_0 (retrieval: and input_ids_1) and label,
-and notes what it refuses. None needs TensorFlow.
+and notes what it refuses. TensorFlow is imported only where data sets of TFDS are read.
 
 Caps. Images come in the order of TFDS, which md5 of their keys decides: a cap takes the first rows of each
 label, the labels being known before any image is decoded, and reading stops at the last one taken. What a text
@@ -29,11 +29,11 @@ from .encode import (
 from .files import require
 from .order import choose_capped, tfds_order
 from .png import decode_pngs
-from .tfrecord import Example, count_examples, read_examples
+from .tfds_folder import count_examples, read_examples
 
 READ_BYTES = 1 << 20
 ROWS_PER_READ = 1024
-IMAGES_PER_READ = 4000
+IMAGES_PER_READ = 512
 MAX_NOTED = 20
 
 # The splits of LRA's own TFDS form of Pathfinder; their names are the salt of the order.
@@ -155,15 +155,9 @@ def read_tfds_text(
     folder: Path, part: Part, feature: str, num_classes: int, max_length: int, refused: Refused
 ) -> Iterator[pa.RecordBatch]:
     """Texts (the bytes of a feature) of a TFDS data set with their labels."""
-    labels, texts = [], []
-    for _, example in labelled_examples(folder, *edges_of(folder, part), num_classes, refused):
-        labels.append(example["label"])
-        texts.append((example[feature] or b"")[:max_length])
-        if len(labels) == ROWS_PER_READ:
-            yield batch_of(labels, encode_text(texts, max_length))
-            labels, texts = [], []
-    if labels:
-        yield batch_of(labels, encode_text(texts, max_length))
+    examples = labelled_examples(folder, *edges_of(folder, part), feature, num_classes, refused)
+    for _, labels, texts in examples:
+        yield batch_of(labels, encode_text(texts.tolist(), max_length))
 
 
 def read_tfds_images(
@@ -173,16 +167,29 @@ def read_tfds_images(
     name, start, stop = edges_of(folder, part)
     taken = None
     if cap is not None:
-        seen = labelled_examples(folder, name, start, stop, num_classes, Refused())
-        numbers, labels = np.array([(n, e["label"]) for n, e in seen], np.int64).reshape(-1, 2).T
-        taken = set(numbers[choose_capped(labels, np.arange(len(labels)), cap)].tolist())
-        stop = max(taken, default=start)
-    examples = labelled_examples(folder, name, start, stop, num_classes, refused)
+        seen = labelled_examples(folder, name, start, stop, None, num_classes, Refused())
+        numbers, labels = [], []
+        for some_numbers, some_labels, _ in seen:
+            numbers.append(some_numbers)
+            labels.append(some_labels)
+        if not numbers:
+            return
+        numbers, labels = np.concatenate(numbers), np.concatenate(labels)
+        taken = numbers[choose_capped(labels, np.arange(len(labels)), cap)]
+        stop = int(taken.max(initial=start))
+    examples = labelled_examples(folder, name, start, stop, "image", num_classes, refused)
     yield from decode_images(
         (
-            (example["image"] or b"", example["label"], number)
-            for number, example in examples
-            if taken is None or number in taken
+            (image, label, number)
+            for numbers, labels, images in examples
+            for image, label, number, chosen in zip(
+                images.tolist(),
+                labels.tolist(),
+                numbers.tolist(),
+                (np.full(len(numbers), True) if taken is None else np.isin(numbers, taken)),
+                strict=True,
+            )
+            if chosen
         ),
         side,
         refused,
@@ -199,19 +206,26 @@ def edges_of(folder: Path, part: Part) -> tuple[str, int, int]:
 
 
 def labelled_examples(
-    folder: Path, split: str, start: int, stop: int, num_classes: int, refused: Refused
-) -> Iterator[tuple[int, Example]]:
-    """Examples of a split whose label is one, with their number, counted from 1."""
-    number = start
-    for examples in read_examples(folder, split, start, stop):
-        for example in examples:
-            number += 1
-            label = example.get("label")
-            if isinstance(label, int) and 0 <= label < num_classes:
-                yield number, example
-            else:
-                name = f"{folder.parent.name} {split}"
-                refused.add(name, number, f"label {label!r} is not one of 0 to {num_classes - 1}")
+    folder: Path,
+    split: str,
+    start: int,
+    stop: int,
+    feature: str | None,
+    num_classes: int,
+    refused: Refused,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+    """Numbers, counted from 1, labels and a feature of the examples of a split whose label is one."""
+    number = start + 1
+    features = ["label"] if feature is None else ["label", feature]
+    for examples in read_examples(folder, split, start, stop, features):
+        labels = examples["label"]
+        numbers = np.arange(number, number + len(labels))
+        number += len(labels)
+        good = (labels >= 0) & (labels < num_classes)
+        for index in np.flatnonzero(~good).tolist():
+            reason = f"label {labels[index]} is not one of 0 to {num_classes - 1}"
+            refused.add(f"{folder.parent.name} {split}", int(numbers[index]), reason)
+        yield numbers[good], labels[good], None if feature is None else examples[feature][good]
 
 
 def decode_images(

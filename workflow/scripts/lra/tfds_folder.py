@@ -1,12 +1,16 @@
-"""Data sets in the folders of TFDS, made without network. The only module that imports TensorFlow."""
+"""Data sets in the folders of TFDS, made without network and read. The only module that imports TensorFlow."""
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from unittest import mock
 
-from .files import scratch_folder
+import numpy as np
+
+from .files import require, scratch_folder
+
+EXAMPLES_PER_READ = 512
 
 
 def import_tfds():
@@ -64,3 +68,60 @@ def write_tfds(name: str, data_dir: Path, splits: dict[str, Iterable]) -> list[P
         config = tfds.download.DownloadConfig(try_download_gcs=False)
         builder.download_and_prepare(download_dir=scratch, download_config=config)
     return sorted(folder.glob("*.tfrecord*"))
+
+
+def open_folder(folder: Path):
+    """The TFDS builder of a data set that is there, whoever made it; ValueError when it is not."""
+    require(folder / "dataset_info.json", "prepare_tfds.py or extract.py")
+    try:
+        return import_tfds().builder_from_directory(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(corrupt(folder, error)) from None
+
+
+def count_examples(folder: Path, split: str) -> int:
+    """The number of examples of a split, as the data set's description says."""
+    splits = open_folder(folder).info.splits
+    if split not in splits:
+        raise ValueError(f"{folder} has no split {split!r}; it has {sorted(splits)}")
+    return splits[split].num_examples
+
+
+def read_examples(
+    folder: Path, split: str, start: int, stop: int, features: list[str]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Examples `start` to `stop` of a split in the order of its records, EXAMPLES_PER_READ at a time.
+
+    Of each feature an array: bytes (texts, and images as they were packed) or int64. ValueError when a file is
+    missing, cut or corrupt.
+    """
+    if start == stop:
+        return
+    builder = open_folder(folder)
+    tfds = import_tfds()
+    import tensorflow as tf
+
+    # One thread: reading is cheap, and handing records over between threads costs more than it saves.
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = 1
+    options.threading.max_intra_op_parallelism = 1
+    options.autotune.enabled = False
+    decoders = {"image": tfds.decode.SkipDecoding()} if "image" in features else None
+    dataset = builder.as_dataset(
+        split=f"{split}[{start}:{stop}]",
+        shuffle_files=False,
+        batch_size=EXAMPLES_PER_READ,
+        read_config=tfds.ReadConfig(
+            options=options, interleave_cycle_length=1, try_autocache=False
+        ),
+        decoders=tfds.decode.PartialDecoding(dict.fromkeys(features, True), decoders=decoders),
+    )
+    try:
+        yield from tfds.as_numpy(dataset)
+    except tf.errors.OpError as error:
+        raise ValueError(corrupt(folder, error)) from None
+
+
+def corrupt(folder: Path, error: Exception) -> str:
+    what = next(iter(str(error).splitlines()), type(error).__name__)
+    return f"{folder} is cut or corrupt ({what}): delete the folder and make it again"
