@@ -15,7 +15,7 @@ def kernels_dir(tmp_path_factory):
     """Folder with libsat_cpu.so, built once a session; $SAT_KERNELS names it while the tests run."""
     folder = tmp_path_factory.mktemp("kernels")
     script = ROOT / "workflow" / "scripts" / "build_kernels.py"
-    arguments = ["--source", ROOT / "csrc", "--output-dir", folder, "--cuda", "off"]
+    arguments = ["--source", ROOT / "csrc", "--output-dir", folder, "--cuda", "none"]
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     before = os.environ.get("SAT_KERNELS")

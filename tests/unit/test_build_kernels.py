@@ -22,7 +22,7 @@ def load(folder, monkeypatch):
 
 def run_script(source, folder, **environment):
     script = ROOT / "workflow/scripts/build_kernels.py"
-    command = [sys.executable, script, "--source", source, "--output-dir", folder, "--cuda", "off"]
+    command = [sys.executable, script, "--source", source, "--output-dir", folder, "--cuda", "none"]
     return subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **environment}
     )
@@ -41,7 +41,7 @@ def test_the_record_says_how_it_was_built(kernels_dir):
 
 
 def test_two_builds_give_the_same_bytes(kernels_dir, tmp_path):
-    build_kernels.build_kernels(ROOT / "csrc", tmp_path, "off", "")
+    build_kernels.build_kernels(ROOT / "csrc", tmp_path, "none", "")
     for name in ("kernels.json", "libsat_cpu.so"):
         assert (tmp_path / name).read_bytes() == (kernels_dir / name).read_bytes()
 

@@ -131,7 +131,7 @@ def build_cuda(
     source: Path, folder: Path, log: Path, mode: str, architectures: str | None
 ) -> tuple[Path | None, dict]:
     """Like build_cpu; with mode "auto" a missing or failing nvcc is recorded, not raised."""
-    if mode == "off":
+    if mode == "none":
         return None, {"built": False, "reason": "switched off"}
     nvcc = find_nvcc()
     try:
@@ -162,7 +162,7 @@ def build_cuda(
 
 
 def build_kernels(source: Path, output_dir: Path, cuda: str, architectures: str | None) -> dict:
-    """Builds what `cuda` ("auto", "off", "required") asks for into `output_dir`.
+    """Builds what `cuda` ("auto", "none", "required") asks for into `output_dir`.
 
     Returns the content of kernels.json. Raises BuildError; then no library is left there.
     """
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument(
         "--cuda",
-        choices=("auto", "off", "required"),
+        choices=("auto", "none", "required"),
         default="auto",
         help="auto: build the CUDA library if nvcc is there (default)",
     )
