@@ -60,7 +60,9 @@ include: "workflow/rules/benchmark.smk"
 localrules:
     all,
     benchmark,
+    collect,
     data,
+    draw_figures,
     kernels,
     figures,
     table,
