@@ -149,9 +149,7 @@ def jobs(surroundings: dict[str, str]) -> list[dict[str, str]]:
     """What the controller knows of every job, oldest first: the fields of `scontrol show job`."""
     text = _ask(["scontrol", "--oneliner", "show", "job"], surroundings)
     fields = re.compile(r"(\S+?)=(.*?)(?= \S+?=|$)")  # paths may hold blanks
-    return [
-        dict(fields.findall(line)) for line in text.splitlines() if line.startswith("JobId=")
-    ]
+    return [dict(fields.findall(line)) for line in text.splitlines() if line.startswith("JobId=")]
 
 
 def _configure(folder: Path) -> None:

@@ -58,7 +58,9 @@ def slurm():
         pytest.skip(f"no Slurm: {reason}")
     with cluster.running() as surroundings:
         if not cluster.memory_is_enforced(surroundings):
-            pytest.skip("nothing here lets Slurm enforce limits of memory (control groups, version 1)")
+            pytest.skip(
+                "nothing here lets Slurm enforce limits of memory (control groups, version 1)"
+            )
         yield surroundings
 
 
@@ -130,7 +132,10 @@ def test_every_step_ran_under_slurm_with_what_it_asked_for(finished, project):
 def test_a_training_killed_for_memory_is_retried_with_more(finished):
     first, second = of_rule(finished, "train", "listops")
     assert "oom-kill" in Path(first["StdOut"]).read_text()
-    assert first["JobState"] in ("OUT_OF_MEMORY", "FAILED")  # of the batch script, or of its step alone
+    assert first["JobState"] in (
+        "OUT_OF_MEMORY",
+        "FAILED",
+    )  # of the batch script, or of its step alone
     assert second["JobState"] == "COMPLETED"
     assert f"mem={TOO_LITTLE_MB}M" in first["TRES"] and f"mem={ENOUGH_MB}M" in second["TRES"]
 
@@ -146,7 +151,15 @@ def test_a_training_that_met_its_time_limit_went_on_from_its_checkpoint(finished
     folder = project.root / "results/tiny/runs/retrieval/sat/seed1001"
     settings = json.loads((folder / "config.json").read_text())
     done = subprocess.run(
-        [stub_project.ROOT / ".venvs/torch/bin/python", "-m", "sat", "--mode", "train", "--threads", "1"]
+        [
+            stub_project.ROOT / ".venvs/torch/bin/python",
+            "-m",
+            "sat",
+            "--mode",
+            "train",
+            "--threads",
+            "1",
+        ]
         + ["--settings", json.dumps(settings), "--data-dir", "data/tiny/retrieval"]
         + ["--output-dir", "alone", "--kernels", "results/tiny/kernels"],
         cwd=project.root,

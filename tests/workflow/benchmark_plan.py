@@ -1,6 +1,6 @@
 """Time that Snakemake takes to plan many trainings (a dry run of `all` in a copy of the project; nothing runs).
 
-    .venvs/test/bin/python tests/workflow/benchmark_plan.py [--trainings 200 1000 10000]
+.venvs/test/bin/python tests/workflow/benchmark_plan.py [--trainings 200 1000 10000]
 """
 
 import argparse
