@@ -653,6 +653,49 @@ def test_both_forms_of_pathfinder_give_the_same_examples(tmp_path, caps, in_tens
     assert other["options"] == manifest["options"]
 
 
+def of_2020(folder: Path) -> None:
+    """Turn a data set into what TFDS wrote when LRA was released.
+
+    No features.json; a description without the format and the names of the files, with fields that are gone today;
+    files that are named -<number>-of-<how many>.
+    """
+    (folder / "features.json").unlink()
+    info = json.loads((folder / "dataset_info.json").read_text())
+    shape = {"dim": [{"size": "-1"}, {"size": "-1"}, {"size": "3"}]}
+    schema = {"feature": [{"name": "image", "shape": shape, "type": "INT"}]}
+    splits = [
+        {"name": split["name"], "numBytes": split["numBytes"], "shardLengths": split["shardLengths"]}
+        | {"numShards": str(len(split["shardLengths"]))}
+        | {"statistics": {"numExamples": str(sum(map(int, split["shardLengths"])))}}
+        for split in info["splits"]
+    ]
+    old = {"name": info["name"], "version": info["version"], "splits": splits, "schema": schema}
+    old |= {"description": "pathfinder", "citation": "", "sizeInBytes": "9", "downloadSize": "9"}
+    old["supervisedKeys"] = {"input": "image", "output": "label"}
+    for split in splits:
+        files = sorted(folder.glob(f"*-{split['name']}.tfrecord-*"))
+        for number, path in enumerate(files):
+            name = f"pathfinder32-{split['name']}.tfrecord-{number:05}-of-{len(files):05}"
+            path.rename(folder / name)
+    old["location"] = {"urls": ["https://example.org"]}
+    (folder / "dataset_info.json").write_text(json.dumps(old))
+
+
+def test_tfds_folder_of_2020(tmp_path, in_tensorflow):
+    make_pathfinder(tmp_path)
+    make_pathfinder_tfds(in_tensorflow, tmp_path)
+    found = []
+    for change in (lambda _: None, of_2020):
+        change(tmp_path / "tfds/pathfinder32/1.0.0")
+        run_in(
+            in_tensorflow, tmp_path, "pathfinder", 64, source="pathfinder_tfds", image_size=8
+        )
+        found.append(hashes(tmp_path / "pathfinder"))
+    assert found[0] == found[1]
+    files = (tmp_path / "tfds/pathfinder32/1.0.0").glob("*-hard.tfrecord-*")
+    assert min(files).name == "pathfinder32-hard.tfrecord-00000-of-00005"
+
+
 def test_cap_of_images_takes_the_first_of_each_label_and_stops_there(tmp_path, in_tensorflow):
     make_pathfinder(tmp_path)
     run_in(in_tensorflow, tmp_path, "pathfinder", 64, image_size=8)
@@ -711,22 +754,27 @@ def test_sizes_of_reads_do_not_matter_to_images(tmp_path, in_tensorflow):
 
 
 def test_broken_data_sets_of_tfds_are_said(tmp_path, in_tensorflow):
-    names = ["cut", "flipped", "gone", "no description"]
+    names = ["cut", "flipped", "gone", "short", "no features", "no json", "no description"]
     data_sets, jobs = {}, []
     for name in names:
         data_sets |= make_texts(tmp_path / name, "text")[1]
         data = tmp_path / name
         jobs.append(("text", {"max_length": 9}, data, data / "text"))
     in_tf(in_tensorflow, data_sets)
-    cut, flipped, gone, _ = [min(folder.glob("*-train.tfrecord*")) for folder in data_sets]
+    files = [min(folder.glob("*-train.tfrecord*")) for folder in data_sets]
+    cut, flipped, gone, short, no_features, no_json, no_description = files
     whole = cut.read_bytes()
     cut.write_bytes(whole[:-1])
     flipped.write_bytes(whole[:900] + bytes([whole[900] ^ 1]) + whole[901:])
     gone.unlink()
-    (list(data_sets)[3] / "dataset_info.json").unlink()
+    short.write_bytes(b"")
+    (no_features.parent / "features.json").unlink()
+    (no_json.parent / "dataset_info.json").write_text("{")
+    (no_description.parent / "dataset_info.json").unlink()
     errors = in_tf(in_tensorflow, {}, jobs)
-    assert all("is cut or corrupt" in error for error in errors[:3])
-    assert "prepare_tfds.py or extract.py" in errors[3]
+    assert all("is cut or corrupt" in error for error in errors[:-1])
+    assert "0 of its" in errors[3] and "features.json is missing" in errors[4]
+    assert "prepare_tfds.py or extract.py" in errors[-1]
     assert not any((tmp_path / name / "text").exists() for name in names)
 
 

@@ -132,11 +132,12 @@ def read_examples(
                 count += len(some)
                 yield {name: values.numpy() for name, values in examples.items()}
             if count != file.take:
-                raise ValueError(corrupt(folder, f"{file.filename} has too few records"))
+                found = f"{Path(file.filename).name} has {count} of its {file.take} records"
+                raise ValueError(corrupt(folder, found))
     except tf.errors.OpError as error:
         raise ValueError(corrupt(folder, error)) from None
 
 
-def corrupt(folder: Path, error: Exception) -> str:
+def corrupt(folder: Path, error: Exception | str) -> str:
     what = next(iter(str(error).splitlines()), type(error).__name__)
     return f"{folder} is cut or corrupt ({what}): delete the folder and make it again"
