@@ -664,7 +664,11 @@ def of_2020(folder: Path) -> None:
     shape = {"dim": [{"size": "-1"}, {"size": "-1"}, {"size": "3"}]}
     schema = {"feature": [{"name": "image", "shape": shape, "type": "INT"}]}
     splits = [
-        {"name": split["name"], "numBytes": split["numBytes"], "shardLengths": split["shardLengths"]}
+        {
+            "name": split["name"],
+            "numBytes": split["numBytes"],
+            "shardLengths": split["shardLengths"],
+        }
         | {"numShards": str(len(split["shardLengths"]))}
         | {"statistics": {"numExamples": str(sum(map(int, split["shardLengths"])))}}
         for split in info["splits"]
@@ -687,9 +691,7 @@ def test_tfds_folder_of_2020(tmp_path, in_tensorflow):
     found = []
     for change in (lambda _: None, of_2020):
         change(tmp_path / "tfds/pathfinder32/1.0.0")
-        run_in(
-            in_tensorflow, tmp_path, "pathfinder", 64, source="pathfinder_tfds", image_size=8
-        )
+        run_in(in_tensorflow, tmp_path, "pathfinder", 64, source="pathfinder_tfds", image_size=8)
         found.append(hashes(tmp_path / "pathfinder"))
     assert found[0] == found[1]
     files = (tmp_path / "tfds/pathfinder32/1.0.0").glob("*-hard.tfrecord-*")
