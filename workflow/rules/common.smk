@@ -15,12 +15,12 @@ RAW = {
 }
 # What a task reads when it is not `lra_release`: the source (config/config.yaml, sources) and the files made from it.
 TFDS = {
-    task: (data_set.split("/")[0], local(f"{DATA}/tfds/{data_set}/dataset_info.json"))
-    for task, data_set in (
-        ("text", "imdb_reviews/plain_text/1.0.0"),
-        ("image", "cifar10/3.0.2"),
-        ("agnews", "ag_news_subset/1.0.0"),
-        ("yelp", "yelp_polarity_reviews/0.2.0"),
+    task: (source, local(f"{DATA}/tfds/{source}/{version}/dataset_info.json"))
+    for task, source, version in (
+        ("text", "imdb_reviews", "plain_text/1.0.0"),
+        ("image", "cifar10", "3.0.2"),
+        ("agnews", "ag_news_subset", "1.0.0"),
+        ("yelp", "yelp_polarity_reviews", "0.2.0"),
     )
 }
 PATHFINDER_TFDS = local(f"{DATA}/tfds/pathfinder32/1.0.0/dataset_info.json")
