@@ -8,6 +8,7 @@
 #
 # workflow/rules/ holds the rules in the order in which the data flow, config/config.yaml the settings.
 
+import functools
 import json
 import re
 import shlex
@@ -43,8 +44,8 @@ TASKS = config["tasks"]
 
 
 wildcard_constraints:
-    task="|".join(TASKS),
-    attention="|".join(config["attentions"]),
+    task="|".join(map(re.escape, TASKS)),
+    attention="|".join(map(re.escape, config["attentions"])),
     seed=r"\d+",
 
 
@@ -60,7 +61,9 @@ include: "workflow/rules/benchmark.smk"
 localrules:
     all,
     benchmark,
+    collect,
     data,
+    draw_figures,
     kernels,
     figures,
     table,
@@ -107,8 +110,9 @@ onstart:
 
 
 onsuccess:
-    if any(job.name == "collect" for job in workflow.dag.jobs):
-        print(f"\n{Path(f'{RESULTS}/table.md').read_text()}", file=sys.stderr)
+    _table = Path(f"{RESULTS}/table.md")
+    if any(job.name == "collect" for job in workflow.dag.jobs) and _table.is_file():
+        print(f"\n{_table.read_text()}", file=sys.stderr)
     print(
         f"Table: {RESULTS}/table.{{csv,md,tex}}   Figures: {RESULTS}/figures/<task>/   "
         f"Logs: {RESULTS}/logs/",

@@ -3,9 +3,9 @@
 
 rule train:
     input:
-        env="envs/torch.yaml",
-        sources=sorted(str(path) for path in Path("sat").rglob("*.py")),
-        schema=settings.SCHEMA,
+        env=local("envs/torch.yaml"),
+        sources=SAT,
+        schema=local(settings.SCHEMA),
         kernels=rules.compile_kernels.output,
         data=rules.preprocess.output,
     output:
@@ -28,7 +28,7 @@ rule train:
         root=in_root,
         python=in_env("torch"),
         settings=lambda wildcards: json.dumps(
-            settings.resolve(config, wildcards.task, wildcards.attention, int(wildcards.seed))
+            settings_of(wildcards.task, wildcards.attention, wildcards.seed)
         ),
         data=lambda wildcards, input: str(Path(input.data[0]).parent),
         kernels=lambda wildcards, input: str(Path(input.kernels[0]).parent),
