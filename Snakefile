@@ -8,6 +8,7 @@
 #
 # workflow/rules/ holds the rules in the order in which the data flow, config/config.yaml the settings.
 
+import functools
 import json
 import re
 import shlex
@@ -43,8 +44,8 @@ TASKS = config["tasks"]
 
 
 wildcard_constraints:
-    task="|".join(TASKS),
-    attention="|".join(config["attentions"]),
+    task="|".join(map(re.escape, TASKS)),
+    attention="|".join(map(re.escape, config["attentions"])),
     seed=r"\d+",
 
 
@@ -60,7 +61,9 @@ include: "workflow/rules/benchmark.smk"
 localrules:
     all,
     benchmark,
+    collect,
     data,
+    draw_figures,
     kernels,
     figures,
     table,

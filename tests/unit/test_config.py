@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -215,3 +216,16 @@ def test_the_usual_source_is_not_named(lra):
 def test_what_is_not_generated_is_named(change, word):
     with pytest.raises(config.ConfigError, match=word):
         config.complete(config.merge(config.load("demo"), change))
+
+
+@pytest.mark.parametrize("key", ["run", "tasks", "attentions"])
+@pytest.mark.parametrize("name", ["a; rm -rf x", "../other", "$(id)", "listops\n", "-f", ""])
+def test_a_name_that_a_shell_or_a_path_could_read_otherwise_is_refused(key, name, lra, tmp_path):
+    root = tmp_path / "project"
+    for part in ("config", "workflow/schemas"):
+        shutil.copytree(config.ROOT / part, root / part)
+    for kind in ("tasks", "attentions"):
+        if name not in ("", "../other"):  # a file of that name makes it no better
+            (root / f"config/{kind}/{name}.yaml").write_text("model: {}\n")
+    with pytest.raises(config.ConfigError, match=key):
+        config.complete(lra | {key: name if key == "run" else [name]}, root=root)

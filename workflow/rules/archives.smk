@@ -43,6 +43,7 @@ else:
             f"{RESULTS}/benchmarks/download/{{file}}.tsv"
         wildcard_constraints:
             file="|".join(map(re.escape, SOURCE_OF_FILE)),
+        localrule: True  # on a cluster too: compute nodes often have no network
         conda:
             "../../envs/python.yaml"
         threads: 1

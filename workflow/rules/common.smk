@@ -125,12 +125,20 @@ def metrics_of(task):
     )
 
 
+@functools.cache
+def settings_of_any_seed(task, attention):
+    return settings.resolve(config, task, attention, config["seeds"][0])
+
+
+def settings_of(task, attention, seed):
+    """Every setting of a training. The files are read once, not once a seed: plans of 1,000 trainings stay quick."""
+    return settings_of_any_seed(task, attention) | {"seed": int(seed)}
+
+
 def settings_of_runs():
     """Digest of every training's settings: a run that was trained with others by hand gets no row."""
     return {
-        f"{task}/{attention}/seed{seed}": settings.digest(
-            settings.resolve(config, task, attention, seed)
-        )
+        f"{task}/{attention}/seed{seed}": settings.digest(settings_of(task, attention, seed))
         for task in TASKS
         for attention in config["attentions"]
         for seed in config["seeds"]

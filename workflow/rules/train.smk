@@ -28,7 +28,7 @@ rule train:
         root=in_root,
         python=in_env("torch"),
         settings=lambda wildcards: json.dumps(
-            settings.resolve(config, wildcards.task, wildcards.attention, int(wildcards.seed))
+            settings_of(wildcards.task, wildcards.attention, wildcards.seed)
         ),
         data=lambda wildcards, input: str(Path(input.data[0]).parent),
         kernels=lambda wildcards, input: str(Path(input.kernels[0]).parent),
