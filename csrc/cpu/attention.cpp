@@ -591,10 +591,16 @@ void find_shift(const Plan &plan, int64_t batch, int64_t head, int64_t index, Fo
 }
 
 // False asks for the shift: a sum far from 1 has lost digits of a small row or overflowed.
-bool in_range(const float *sum, int64_t rows) {
-  bool good = true;
-  for (int64_t r = 0; r < rows; ++r) good &= sum[r] > 0x1p-40f && sum[r] < 0x1p40f;
-  return good;
+// (A padded query has scores of 0, so its sum is the number of keys.)
+bool in_range(const float *sums, int64_t strip) {
+  IntVec good = ~IntVec{};
+  for (int64_t c = 0; c < strip; c += kLanes) {
+    const Vec sum = load(sums + c);
+    good &= (sum > 0x1p-40f) & (sum < 0x1p40f);
+  }
+  int32_t all = -1;
+  for (int i = 0; i < kLanes; ++i) all &= good[i];
+  return all;
 }
 
 // One strip of one (batch, head). Returns false if it has nothing to attend to; otherwise factor[r]
@@ -622,7 +628,7 @@ bool forward_strip(const Plan &plan, int64_t batch, int64_t head, int64_t index,
   if (plan.threshold) s.dropout.seed(plan, batch, head, index);
   std::memset(s.shift, 0, strip * sizeof(float));
   weigh<false>(plan, batch, head, index, keep, s);
-  if (!in_range(s.sum, rows)) {
+  if (!in_range(s.sum, strip)) {
     find_shift(plan, batch, head, index, s);
     weigh<true>(plan, batch, head, index, keep, s);
   }
