@@ -3,8 +3,8 @@
 
 rule collect:
     input:
-        env="envs/report.yaml",
-        script="workflow/scripts/collect.py",
+        env=local("envs/report.yaml"),
+        script=local("workflow/scripts/collect.py"),
         metrics=[path for task in TASKS for path in metrics_of(task)],
     output:
         csv=f"{RESULTS}/table.csv",
@@ -37,9 +37,9 @@ rule table:
 
 rule draw_figures:
     input:
-        env="envs/report.yaml",
-        script="workflow/scripts/figures.py",
-        shared="workflow/scripts/collect.py",
+        env=local("envs/report.yaml"),
+        script=local("workflow/scripts/figures.py"),
+        shared=local("workflow/scripts/collect.py"),
         runs=lambda wildcards: runs_of(wildcards.task),
     output:
         accuracy=f"{RESULTS}/figures/{{task}}/accuracy.svg",
