@@ -1,7 +1,8 @@
-"""Dropout of attention weights from a counter: every backend, and the backward, draw the same factors.
+"""Dropout from a counter: every backend, and the backward, draw the same factors.
 
 The generator is that of csrc/sat_kernels.h: a factor depends on the seed and on the place of the
-weight only, so nothing of the size of the weights is kept.
+element only, so nothing of the size of what is dropped is kept. For attention the place is (sample
+and head, query, key), for the elements of a layer (sample, position, channel).
 """
 
 import ctypes
@@ -9,6 +10,8 @@ import ctypes
 import torch
 
 _WORD = 0xFFFFFFFF
+_ROW = 0x9E3779B97F4A7C15  # between the counters of neighbouring rows
+_SITE = 0xD1B54A32D192ED03  # between the seeds of neighbouring places in a model
 
 
 def draw_seed() -> torch.Tensor:
@@ -17,8 +20,18 @@ def draw_seed() -> torch.Tensor:
 
 
 def _signed(x: int) -> int:
-    """A 64-bit constant as torch.int64 holds it."""
+    """A number modulo 2^64 as torch.int64 holds it."""
+    x &= (1 << 64) - 1
     return x - (1 << 64) if x >> 63 else x
+
+
+def seed_of(seed: torch.Tensor, site: int, first_row: int) -> torch.Tensor:
+    """The seed, int64 [], of one place in a model for a part of a batch.
+
+    site: number of the place. first_row: how many counter rows (samples * length, times heads for
+    attention) of the whole batch come before the part, which then draws what the whole would.
+    """
+    return seed + _signed(_SITE * (site + 1) + _ROW * first_row)
 
 
 def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -40,7 +53,7 @@ def factors(
     Returns: float32.
     """
     # int64 wraps as the unsigned numbers of the definition do
-    z = seed.to(pairs.device) + _signed(0x9E3779B97F4A7C15) * (pairs * length + rows + 1)
+    z = seed.to(pairs.device) + _signed(_ROW) * (pairs * length + rows + 1)
     z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
     z = z ^ _shift(z, 31)
@@ -51,3 +64,11 @@ def factors(
     threshold = int(ctypes.c_float(dropout_p).value * 2**24 + 0.5)
     kept = 2**24 / (2**24 - threshold) if threshold < 2**24 else 0.0
     return torch.where((x >> 8) < threshold, 0.0, kept).to(torch.float32)
+
+
+def element_factors(
+    seed: torch.Tensor, dropout_p: float, shape: torch.Size, length: int, device: torch.device
+) -> torch.Tensor:
+    """Factors float32 [B, S, C] of the elements of a layer; length >= S counts the rows of a sample."""
+    samples, positions, channels = (torch.arange(size, device=device) for size in shape)
+    return factors(seed, dropout_p, samples[:, None, None], positions[:, None], channels, length)

@@ -112,7 +112,7 @@ def _problem(q, key_lengths, query_lengths, denominator, dropout_p, seed) -> byt
         DENOMINATORS.index(denominator),
         DTYPES.index(q.dtype),
         dropout_p,
-        seed.item() if dropout_p > 0 else 0,
+        seed.item() & (2**64 - 1) if dropout_p > 0 else 0,
     )
 
 

@@ -5,7 +5,7 @@ import torch
 
 from sat import config
 from sat.data import Batch
-from sat.model import Classifier, num_parameters, sinusoids
+from sat.model import Classifier, Draws, num_parameters, sinusoids
 
 
 def model_config(task="listops", **changes):
@@ -196,3 +196,27 @@ def test_sinusoids():
     assert table[0].tolist() == [0, 1, 0, 1, 0, 1]
     assert float(table[3, 0]) == pytest.approx(0.14112, abs=1e-5)  # sin 3
     assert float(table[3, 1]) == pytest.approx(-0.98999, abs=1e-5)  # cos 3
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_cut_batch_meets_the_dropout_of_the_whole(sparse):
+    cfg = small(dropout_prob=0.3, attention_dropout=0.2)
+    model = build(cfg).train()
+    masks = [torch.rand(cfg.num_blocks, cfg.num_blocks) < 0.6 for _ in range(2)] if sparse else None
+    whole = batch_of([64, 40, 20, 50, 9])
+    whole.seed = torch.tensor(5)
+    logits = model(whole, masks)[0]
+    parts = [model(whole.slice(start, start + 2), masks)[0] for start in (0, 2, 4)]
+    torch.testing.assert_close(torch.cat(parts), logits)
+    part = whole.slice(2, 4).slice(1, 2)
+    assert part.first_row == 3
+    torch.testing.assert_close(model(part, masks)[0], logits[3:4])
+    whole.seed = torch.tensor(6)
+    assert not torch.allclose(model(whole, masks)[0], logits)
+
+
+def test_every_place_drops_by_its_own_factors():
+    seeds = {
+        int(Draws(torch.tensor(1), 0, 64, sites).at(site)) for sites in (0, 9) for site in range(9)
+    }
+    assert len(seeds) == 18
