@@ -26,18 +26,11 @@ class DataError(ValueError):
 
 @dataclasses.dataclass
 class Batch:
-    """ids: one int64 tensor [B, S] an input; lengths: its real ids [B], None when there is no padding; labels [B].
-
-    Where dropout draws from: seed, int64 [] on the CPU, one for all parts of a step (None: each forward draws its
-    own); first_row: place of the first sequence in the whole batch of the step. A sequence then meets the same
-    factors however the batch is cut up, over micro-batches or processes.
-    """
+    """ids: one int64 tensor [B, S] an input; lengths: its real ids [B], None when there is no padding; labels [B]."""
 
     ids: list[torch.Tensor]
     lengths: list[torch.Tensor | None]
     labels: torch.Tensor
-    first_row: int = 0
-    seed: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,8 +41,6 @@ class Batch:
             [ids[part] for ids in self.ids],
             [None if lengths is None else lengths[part] for lengths in self.lengths],
             self.labels[part],
-            self.first_row + start,
-            self.seed,
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -60,8 +51,6 @@ class Batch:
                 for lengths in self.lengths
             ],
             self.labels.to(device, non_blocking=True),
-            self.first_row,
-            self.seed,
         )
 
 

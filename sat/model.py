@@ -31,21 +31,19 @@ class Encoded:
 
 @dataclasses.dataclass
 class Draws:
-    """Where the dropout of one forward draws from: the seed of the step and the first row of the part of its batch.
+    """Where the dropout of a forward draws from: one seed, None without dropout, and a number for every place.
 
-    seed: None without dropout. length: S, whatever is left of it after trimming.
+    length: S, whatever is left of it after trimming. first: number of the first place.
     """
 
     seed: torch.Tensor | None
-    first_row: int
     length: int
-    sites: int = 0  # the number of the first place that drops
+    first: int = 0
 
-    def at(self, site: int, rows: int = 1) -> torch.Tensor | None:
-        """Seed of a place; rows: counter rows of a position."""
+    def at(self, site: int, heads: int = 1) -> torch.Tensor | None:
         if self.seed is None:
             return None
-        return dropout.seed_of(self.seed, self.sites + site, self.first_row * self.length * rows)
+        return dropout.seed_of(self.seed, self.first + site, heads * self.length)
 
 
 # Places in a layer that drop, counted from the layer's first; the embedding has place 0.
@@ -204,7 +202,7 @@ class Encoder(nn.Module):
         draws: where dropout draws from, None for no dropout.
         """
         S = self.config.sequence_length
-        draws = draws or Draws(None, 0, S)
+        draws = draws or Draws(None, S)
         if self.config.pooling_mode == "CLS":
             # The class token takes the first place; one place behind max_seq_len is always free for it.
             class_token = ids_BS.new_full((len(ids_BS), 1), self.config.vocab_size)
@@ -289,11 +287,11 @@ class Classifier(nn.Module):
         seed = None
         drops = self.config.dropout_prob > 0 or self.config.attention_dropout > 0
         if self.training and drops:
-            seed = dropout.draw_seed() if batch.seed is None else batch.seed
+            seed = dropout.draw_seed(0)
         sites = 1 + SITES_OF_A_LAYER * self.config.num_layers
         encoded = []
         for tower, (ids, lengths) in enumerate(zip(batch.ids, batch.lengths, strict=True)):
-            draws = Draws(seed, batch.first_row, self.config.sequence_length, tower * sites)
+            draws = Draws(seed, self.config.sequence_length, tower * sites)
             encoded.append(self.encoder(ids, lengths, masks, want_maps, draws))
         features = encoded[0].pooled_BD
         if len(encoded) == 2:

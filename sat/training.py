@@ -15,7 +15,6 @@ Files get their names when they are complete. Steps count from 1 in what is writ
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -31,7 +30,6 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from sat import attention, data, runtime
-from sat.attention.dropout import draw_seed
 from sat.config import ConfigError, RunConfig, digest
 from sat.evaluation import baseline, batch_size, chance, evaluate
 from sat.model import Classifier, loss_and_hits, num_parameters
@@ -131,7 +129,6 @@ class Training:
         self.model.train()
         self.optimiser.zero_grad(set_to_none=True)
         want_maps = self.phase == "dense" and config.transition.rule != "never"
-        batch = dataclasses.replace(batch, seed=draw_seed())
         loss = hits = torch.zeros((), device=self.accelerator.device)
         maps: list[list[torch.Tensor]] = []
         for start in range(0, len(batch), batch_size(config)):

@@ -5,33 +5,52 @@ element only, so nothing of the size of what is dropped is kept. For attention t
 and head, query, key), for the elements of a layer (sample, position, channel).
 """
 
+import contextlib
 import ctypes
 
 import torch
 
 _WORD = 0xFFFFFFFF
-_ROW = 0x9E3779B97F4A7C15  # between the counters of neighbouring rows
-_SITE = 0xD1B54A32D192ED03  # between the seeds of neighbouring places in a model
+_STEP = 0x9E3779B97F4A7C15  # between the seeds of two rows
+_SITE = 0xD1B54A32D192ED03  # between the seeds of two places in a model
+# Of the sequences at hand, the first one's place in the whole batch. A tensor, so that torch.compile
+# reads it anew.
+_first_sequence = torch.zeros((), dtype=torch.int64)
 
 
-def draw_seed() -> torch.Tensor:
-    """A seed, int64 [] on the CPU, from torch's default generator: torch.manual_seed repeats it."""
-    return torch.randint(2**63 - 1, ())
+@contextlib.contextmanager
+def sequences_from(first: int):
+    """The sequences that a model sees are those of a larger batch from `first` on.
+
+    They drop what they would drop as part of the whole batch when the generator is in the same state.
+    """
+    _first_sequence.fill_(first)
+    try:
+        yield
+    finally:
+        _first_sequence.fill_(0)
+
+
+def draw_seed(rows: int) -> torch.Tensor:
+    """A seed, int64 [] on the CPU, from torch's default generator: torch.manual_seed repeats it.
+
+    rows: of one sequence, heads * length for attention weights; see `sequences_from`.
+    """
+    return torch.randint(2**63 - 1, ()) + _signed(_STEP) * (_first_sequence * rows)
+
+
+def seed_of(seed: torch.Tensor, site: int, rows: int) -> torch.Tensor:
+    """The seed, int64 [], of a place in a model from a seed of the whole; rows: as in `draw_seed`.
+
+    The seed of the whole is drawn with rows = 0.
+    """
+    return seed + _signed(_SITE * (site + 1)) + _signed(_STEP) * (_first_sequence * rows)
 
 
 def _signed(x: int) -> int:
     """A number modulo 2^64 as torch.int64 holds it."""
     x &= (1 << 64) - 1
     return x - (1 << 64) if x >> 63 else x
-
-
-def seed_of(seed: torch.Tensor, site: int, first_row: int) -> torch.Tensor:
-    """The seed, int64 [], of one place in a model for a part of a batch.
-
-    site: number of the place. first_row: how many counter rows (samples * length, times heads for
-    attention) of the whole batch come before the part, which then draws what the whole would.
-    """
-    return seed + _signed(_SITE * (site + 1) + _ROW * first_row)
 
 
 def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -53,7 +72,7 @@ def factors(
     Returns: float32.
     """
     # int64 wraps as the unsigned numbers of the definition do
-    z = seed.to(pairs.device) + _signed(_ROW) * (pairs * length + rows + 1)
+    z = seed.to(pairs.device) + _signed(_STEP) * (pairs * length + rows + 1)
     z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
     z = z ^ _shift(z, 31)

@@ -33,18 +33,18 @@ def unavailable(backend: str) -> str | None:
     return None
 
 
-def _seed(seed, dropout_p):
+def _seed(seed, dropout_p, q):
     """None without dropout, the caller's seed or a new one."""
     if dropout_p == 0:
         return None
-    return dropout.draw_seed() if seed is None else seed
+    return dropout.draw_seed(q.shape[1] * q.shape[2]) if seed is None else seed
 
 
 def run_block_sparse(
     backend, q, k, v, block_mask, block_size, lengths, denominator, dropout_p, seed=None
 ):
     """Output and log-sum-exp from a backend, which is not "auto"."""
-    seed = _seed(seed, dropout_p)
+    seed = _seed(seed, dropout_p, q)
     if backend == "reference":
         return reference.block_sparse_attention(
             q, k, v, block_mask, block_size, lengths, denominator, dropout_p, seed
@@ -60,7 +60,7 @@ def run_block_sparse(
 
 def run_dense(backend, q, k, v, lengths, padded_queries, return_map, dropout_p, seed=None):
     """Output and mean map (or None) from a backend, which is not "auto"."""
-    seed = _seed(seed, dropout_p)
+    seed = _seed(seed, dropout_p, q)
     if backend == "reference":
         return reference.dense_attention(
             q, k, v, lengths, padded_queries, return_map, dropout_p, seed

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sat import config
+from sat.attention import dropout
 from sat.data import Batch
 from sat.model import Classifier, Draws, num_parameters, sinusoids
 
@@ -204,19 +205,20 @@ def test_a_cut_batch_meets_the_dropout_of_the_whole(sparse):
     model = build(cfg).train()
     masks = [torch.rand(cfg.num_blocks, cfg.num_blocks) < 0.6 for _ in range(2)] if sparse else None
     whole = batch_of([64, 40, 20, 50, 9])
-    whole.seed = torch.tensor(5)
-    logits = model(whole, masks)[0]
-    parts = [model(whole.slice(start, start + 2), masks)[0] for start in (0, 2, 4)]
-    torch.testing.assert_close(torch.cat(parts), logits)
-    part = whole.slice(2, 4).slice(1, 2)
-    assert part.first_row == 3
-    torch.testing.assert_close(model(part, masks)[0], logits[3:4])
-    whole.seed = torch.tensor(6)
-    assert not torch.allclose(model(whole, masks)[0], logits)
+
+    def logits(start, stop, seed=5):
+        torch.manual_seed(seed)
+        with dropout.sequences_from(start):
+            return model(whole.slice(start, stop), masks)[0]
+
+    expected = logits(0, 5)
+    torch.testing.assert_close(torch.cat([logits(0, 2), logits(2, 4), logits(4, 5)]), expected)
+    torch.testing.assert_close(logits(3, 4), expected[3:4])
+    assert not torch.allclose(logits(0, 5, seed=6), expected)
 
 
 def test_every_place_drops_by_its_own_factors():
     seeds = {
-        int(Draws(torch.tensor(1), 0, 64, sites).at(site)) for sites in (0, 9) for site in range(9)
+        int(Draws(torch.tensor(1), 64, first).at(site)) for first in (0, 9) for site in range(9)
     }
     assert len(seeds) == 18
