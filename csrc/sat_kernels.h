@@ -38,7 +38,7 @@
 #include <stdint.h>
 
 /* Raised with every change of this file that a caller could notice. */
-#define SAT_ABI_VERSION 2
+#define SAT_ABI_VERSION 3
 
 #if defined(__GNUC__)
 #define SAT_API __attribute__((visibility("default")))
