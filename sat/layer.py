@@ -74,7 +74,9 @@ def _call(name: str, *arguments) -> None:
 
 def _rows(x_BSC: torch.Tensor, p: float, seed: torch.Tensor | None, length: int) -> bytes:
     drops = seed is not None and p > 0
-    return _ROWS.pack(*x_BSC.shape, length, p if drops else 0.0, seed.item() % 2**64 if drops else 0)
+    return _ROWS.pack(
+        *x_BSC.shape, length, p if drops else 0.0, seed.item() % 2**64 if drops else 0
+    )
 
 
 def _place(x: torch.Tensor | None) -> int | None:

@@ -34,11 +34,12 @@ def test_no_access_outside_a_tensor_and_no_undefined_behaviour(tmp_path):
         ("main", ROOT / "tests/sanitizers/cpu_kernels.cpp", []),
     ] + [
         (
-            name,
-            ROOT / "csrc/cpu/attention.cpp",
+            f"{name}_{part}",
+            ROOT / f"csrc/cpu/{part}.cpp",
             [f"-DSAT_SET={name}", f"-DSAT_LANES={lanes}", *flags],
         )
         for name, (lanes, flags) in SETS.items()
+        for part in ("attention", "layer")
     ]
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda arguments: compile_object(*arguments), sources))
