@@ -26,7 +26,6 @@ import pandas as pd
 
 SCHEMA_VERSION = 1
 LRA_TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
-DENSE_ATTENTION = "softmax"  # the baseline: it has no switch that could be missing
 MIB = 2**20
 
 # csv column -> format of its numbers. Nothing else decides the order.
@@ -94,7 +93,8 @@ METRICS = {
         "baseline?": SHARE,
     },
     "dev": {"accuracy": SHARE, "loss": NUMBER, "examples": COUNT, "step": COUNT, "phase": TEXT},
-    "transition": {"step?": COUNT, "reason?": one_of("rule", "limit")},
+    "transition_rule": TEXT,
+    "transition": {"step?": COUNT, "reason?": one_of("rule", "limit", "start")},
     "pattern?": {
         "block_size": COUNT,
         "num_blocks": COUNT,
@@ -104,7 +104,7 @@ METRICS = {
     },
     "num_parameters": COUNT,
     "num_steps": COUNT,
-    "phases": {"dense": PHASE, "sparse?": PHASE},
+    "phases": {"dense?": PHASE, "sparse?": PHASE},
     "training_seconds": TIME,
     "device": {"type": TEXT, "name": TEXT, "threads": COUNT},
     "config_sha256": TEXT,
@@ -163,6 +163,10 @@ def read_metrics(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: pattern: must be null exactly when transition.step is")
     if switched and not metrics["pattern"]["density"]:
         raise ValueError(f"{path}: pattern.density: expected a value a layer, found none")
+    if (metrics["phases"]["dense"] is None) != (metrics["transition"]["reason"] == "start"):
+        raise ValueError(
+            f"{path}: phases.dense: must be null exactly if transition.reason is start"
+        )
     if metrics["phases"]["sparse"] is not None and not switched:
         raise ValueError(f"{path}: phases.sparse: must be null when transition.step is")
     return metrics
@@ -246,11 +250,11 @@ def describe_device(device: dict[str, Any]) -> str:
 
 
 def describe_switches(runs: list[dict[str, Any]]) -> str:
-    """What made the switch: "rule", "limit", "never", or counts if seeds differ."""
+    """What made the switch: "rule", "limit", "start", "never", or counts if seeds differ."""
     counts = Counter(run["transition"]["reason"] or "never" for run in runs)
     if len(counts) == 1:
         return next(iter(counts))
-    return ", ".join(f"{r} {counts[r]}" for r in ("rule", "limit", "never") if r in counts)
+    return ", ".join(f"{r} {counts[r]}" for r in ("rule", "limit", "start", "never") if r in counts)
 
 
 def above_chance(runs: list[dict[str, Any]]) -> str:
@@ -276,9 +280,11 @@ def summarise(runs: list[dict[str, Any]], num_expected: int) -> dict[str, Any]:
     accuracies = [100 * run["test"]["accuracy"] for run in runs]
     steps = [run["transition"]["step"] for run in runs]
     switched = [run for run in runs if run["transition"]["step"] is not None]
-    dense = [run["phases"]["dense"] for run in runs]
-    pairs = [run["phases"] for run in switched if run["phases"]["sparse"] is not None]
-    sparse = [pair["sparse"] for pair in pairs]
+    dense, sparse = (
+        [run["phases"][phase] for run in runs if run["phases"][phase] is not None]
+        for phase in ("dense", "sparse")
+    )
+    pairs = [run["phases"] for run in runs if all(run["phases"].values())]
     row = {
         "data": runs[0]["data"],
         "options": ", ".join(runs[0]["options"]),
@@ -295,11 +301,12 @@ def summarise(runs: list[dict[str, Any]], num_expected: int) -> dict[str, Any]:
         "test_loss_mean": statistics.fmean(run["test"]["loss"] for run in runs),
         "num_parameters": runs[0]["num_parameters"],
         "device": "; ".join(sorted({describe_device(run["device"]) for run in runs})),
-        "dense_ms_per_step_median": statistics.median(p["ms_per_step"] for p in dense),
-        "dense_peak_memory_max_mib": max(p["peak_memory_bytes"] for p in dense) / MIB,
         "training_seconds_mean": statistics.fmean(run["training_seconds"] for run in runs),
     }
-    if runs[0]["attention"] != DENSE_ATTENTION:
+    if dense:
+        row["dense_ms_per_step_median"] = statistics.median(p["ms_per_step"] for p in dense)
+        row["dense_peak_memory_max_mib"] = max(p["peak_memory_bytes"] for p in dense) / MIB
+    if runs[0]["transition_rule"] != "never":
         row["transition_steps"] = " ".join("never" if s is None else str(s) for s in steps)
         row["transition_made_by"] = describe_switches(runs)
     if switched:
@@ -307,10 +314,11 @@ def summarise(runs: list[dict[str, Any]], num_expected: int) -> dict[str, Any]:
         row["density_mean"] = statistics.fmean(d for r in switched for d in r["pattern"]["density"])
     if sparse:
         row["sparse_ms_per_step_median"] = statistics.median(p["ms_per_step"] for p in sparse)
+        row["sparse_peak_memory_max_mib"] = max(p["peak_memory_bytes"] for p in sparse) / MIB
+    if pairs:
         row["speed_up_median"] = statistics.median(
             pair["dense"]["ms_per_step"] / pair["sparse"]["ms_per_step"] for pair in pairs
         )
-        row["sparse_peak_memory_max_mib"] = max(p["peak_memory_bytes"] for p in sparse) / MIB
     return row
 
 
@@ -359,7 +367,7 @@ def chance_text(row: dict[str, Any]) -> str:
 
 
 def switch_text(row: dict[str, Any]) -> str:
-    """ "120", "150 (120–180)" when seeds differ, "never", or "–" for the dense baseline."""
+    """ "120", "150 (120–180)" when seeds differ, "never", or "–" where there is none to make."""
     if row["transition_steps"] is None:
         return "–"
     steps = [int(s) for s in row["transition_steps"].split() if s != "never"]
@@ -415,7 +423,8 @@ NOTES = (
     "dev accuracy of "
     "the tested checkpoint, mean over the seeds.",
     "Switch at step: the step at which training went sparse, mean (smallest–largest) over the "
-    "seeds that did; made by: the rule on skewness and distance, or the limit on dense steps.",
+    "seeds that did; made by: the rule on skewness and distance, or the limit on dense steps; start: "
+    "sparse from the first step.",
     "Density: selected blocks over all blocks, mean over layers and seeds.",
     "ms a step and peak MiB: dense phase / sparse phase. Times are medians, memory is the largest "
     "of the seeds. Speed-up: dense over sparse time a step of the same run, a whole training step "

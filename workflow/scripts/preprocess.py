@@ -41,6 +41,10 @@ HOLDOUT_SHARE = 0.1
 # archives: all of one of these groups (the archive as downloaded, or as demo_archives.py names it).
 SOURCES = {
     "lra_release": (("listops", "retrieval", "pathfinder"), [("lra_release.gz",)]),
+    "listops_tsv": (
+        ("listops",),
+        [tuple(f"basic_{split}.tsv" for split in ("train", "val", "test"))],
+    ),
     "aan_mirror": (
         ("retrieval",),
         [tuple(f"new_aan_pairs.{split}.tsv" for split in ("train", "eval", "test"))],
@@ -231,20 +235,20 @@ def open_task(
     """Batches of each split that the task's source has, and where its refused rows are noted."""
     refused = {split: Refused() for split in SPLITS}
     raw = run_data / "raw"
+    tsv_folder = raw / task if source == "lra_release" else run_data / "archives"
     if task == "listops":
         names = {"train": "train", "dev": "val", "test": "test"}
         batches = {
             split: readers.read_listops(
-                raw / f"listops/basic_{name}.tsv", max_length, options["brackets"], refused[split]
+                tsv_folder / f"basic_{name}.tsv", max_length, options["brackets"], refused[split]
             )
             for split, name in names.items()
         }
     elif task == "retrieval":
         names = {"train": "train", "dev": "eval", "test": "test"}
-        folder = raw / "retrieval" if source == "lra_release" else run_data / "archives"
         batches = {
             split: readers.read_retrieval(
-                folder / f"new_aan_pairs.{name}.tsv", max_length, refused[split]
+                tsv_folder / f"new_aan_pairs.{name}.tsv", max_length, refused[split]
             )
             for split, name in names.items()
         }
@@ -255,12 +259,12 @@ def open_task(
         batches = {split: data.read(split, options["image_size"], caps[split]) for split in SPLITS}
     else:
         folder = run_data / "tfds" / TFDS_FOLDERS[source]
-        parts = {"train": ("train", 0, 1), "test": ("test", 0, 1)}
+        parts = {"train": ("train", 0, 100), "test": ("test", 0, 100)}
         if task == "image":
-            parts |= {"train": ("train", 0, 0.9), "dev": ("train", 0.9, 1)}
+            parts |= {"train": ("train", 0, 90), "dev": ("train", 90, 100)}
         elif task == "pathfinder":
             name = PATHFINDER_SALTS[options["level"]]
-            parts = {"train": (name, 0, 0.8), "dev": (name, 0.8, 0.9), "test": (name, 0.9, 1)}
+            parts = {"train": (name, 0, 80), "dev": (name, 80, 90), "test": (name, 90, 100)}
         elif options["dev_split"] == "lra":
             parts["dev"] = parts["test"]
         num_classes = TASKS[task]["num_classes"]
