@@ -151,6 +151,11 @@ SAT_API int sat_gelu_forward(const sat_rows *rows, const float *u, const float *
 SAT_API int sat_gelu_backward(const sat_rows *rows, const float *d_out, const float *u,
                               const float *bias, float *du, float *sums);
 
+/* sums [4] of a map [length, length] in double precision: of (a - shift), its square and its cube over the
+ * first `size` rows and columns, and of (a - other)^2 over all. other: NULL for none, then 0. */
+SAT_API int sat_map_sums(int64_t length, int64_t size, const float *map, const float *other,
+                         double shift, double *sums);
+
 #ifdef __cplusplus
 }
 #endif

@@ -13,7 +13,7 @@ plain PyTorch, which drops the same elements. Shape suffixes: B batch, S length,
 import ctypes
 import functools
 import struct
-from ctypes import c_char_p, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
 
 import torch
 from torch.nn import functional as F
@@ -28,6 +28,7 @@ _SIGNATURES = {
     "sat_norm_backward": [c_char_p, *[c_void_p] * 8],
     "sat_gelu_forward": [c_char_p, *[c_void_p] * 3],
     "sat_gelu_backward": [c_char_p, *[c_void_p] * 5],
+    "sat_map_sums": [c_int64, c_int64, c_void_p, c_void_p, c_double, c_void_p],
 }
 
 
@@ -154,6 +155,23 @@ def _gelu_backward(
     tensors = (d_out, u, bias, du, sums)
     _call("sat_gelu_backward", _rows(u, p, seed, length), *map(_place, tensors))
     return du, sums
+
+
+def map_sums(
+    a_SS: torch.Tensor, other_SS: torch.Tensor | None, size: int, shift: float
+) -> torch.Tensor | None:
+    """Sums [4] in float64 of a - shift, its square, its cube in the first size rows and columns, and of (a - other)^2.
+
+    None where there are no kernels for it.
+    """
+    if not _use_kernels(a_SS[None]) or not kernels.is_plain(a_SS):
+        return None
+    a_SS = a_SS.contiguous()
+    other_SS = None if other_SS is None else other_SS.contiguous()
+    sums = torch.empty(4, dtype=torch.float64)
+    places = (a_SS.data_ptr(), _place(other_SS), shift, sums.data_ptr())
+    _call("sat_map_sums", len(a_SS), size, *places)
+    return sums
 
 
 _operator = functools.partial(torch.library.custom_op, mutates_args=(), device_types="cpu")

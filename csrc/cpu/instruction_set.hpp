@@ -46,11 +46,19 @@ struct Gelu {  // out: the output, or the gradient of u
   int num_threads;
 };
 
+struct MapSums {
+  int64_t length, size;
+  const float *map, *other;
+  double shift, *sums;
+  int num_threads;
+};
+
 struct LayerSet {
   int (*norm_forward)(const NormForward &);
   int (*norm_backward)(const NormBackward &);
   int (*gelu_forward)(const Gelu &);
   int (*gelu_backward)(const Gelu &);
+  int (*map_sums)(const MapSums &);
 };
 
 namespace baseline {

@@ -271,9 +271,66 @@ int gelu_backward(const Gelu &c) {
       });
 }
 
+// Sums over a map in double precision, a row at a time; see sat_map_sums.
+int map_sums(const MapSums &c) {
+  constexpr int64_t kHalf = kLanes / 2;
+  typedef double Double __attribute__((vector_size(4 * SAT_LANES)));
+  typedef float Half __attribute__((vector_size(2 * SAT_LANES), aligned(4), may_alias));
+  std::memset(c.sums, 0, 4 * sizeof(double));
+  double *rows = static_cast<double *>(std::calloc(c.length * 4 + 1, sizeof(double)));
+  if (!rows) return SAT_NO_MEMORY;
+  const auto read = [](const float *p) SAT_LAMBDA {
+    return __builtin_convertvector(*reinterpret_cast<const Half *>(p), Double);
+  };
+  const int status = parallel(c.length, c.num_threads, 16, [&](int64_t row, float *) {
+    const float *a = c.map + row * c.length, *other = c.other + (c.other ? row * c.length : 0);
+    double *sums = rows + 4 * row;
+    const auto add = [&](int64_t begin, int64_t end, bool moments) SAT_LAMBDA {
+      Double first = {}, second = {}, third = {}, squared = {};
+      int64_t d = begin;
+      for (; d + kHalf <= end; d += kHalf) {
+        const Double x = read(a + d);
+        if (moments) {
+          const Double centred = x - c.shift, square = centred * centred;
+          first += centred;
+          second += square;
+          third += square * centred;
+        }
+        if (other) {
+          const Double difference = x - read(other + d);
+          squared += difference * difference;
+        }
+      }
+      for (int64_t i = 0; i < kHalf; ++i) {
+        sums[0] += first[i];
+        sums[1] += second[i];
+        sums[2] += third[i];
+        sums[3] += squared[i];
+      }
+      for (; d < end; ++d) {
+        const double centred = static_cast<double>(a[d]) - c.shift, square = centred * centred;
+        if (moments) {
+          sums[0] += centred;
+          sums[1] += square;
+          sums[2] += square * centred;
+        }
+        const double difference = other ? static_cast<double>(a[d]) - other[d] : 0;
+        sums[3] += difference * difference;
+      }
+    };
+    const int64_t size = row < c.size ? c.size : 0;
+    add(0, size, true);
+    if (other) add(size, c.length, false);
+  });
+  for (int64_t row = 0; row < c.length; ++row)
+    for (int i = 0; i < 4; ++i) c.sums[i] += rows[4 * row + i];
+  std::free(rows);
+  return status;
+}
+
 }  // namespace
 
-const LayerSet layer_set = {norm_forward, norm_backward, gelu_forward, gelu_backward};
+const LayerSet layer_set = {norm_forward, norm_backward, gelu_forward, gelu_backward, map_sums};
 
 }  // namespace SAT_SET
 }  // namespace sat

@@ -162,4 +162,10 @@ int sat_gelu_backward(const sat_rows *rows, const float *d_out, const float *u, 
   return layer(rows->width).gelu_backward({*rows, d_out, u, bias, du, sums, num_threads});
 }
 
+int sat_map_sums(int64_t length, int64_t size, const float *map, const float *other, double shift,
+                 double *sums) {
+  if (length < 0 || size < 0 || size > length) return SAT_BAD_ARGUMENT;
+  return layer(64).map_sums({length, size, map, other, shift, sums, num_threads});
+}
+
 }  // extern "C"

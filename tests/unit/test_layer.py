@@ -5,7 +5,7 @@ import platform
 import pytest
 import torch
 
-from sat import layer
+from sat import layer, transition
 from sat.attention import dropout, kernels
 
 pytestmark = pytest.mark.usefixtures("kernels_dir")
@@ -183,3 +183,19 @@ def test_operators_pass_opcheck():
         torch.library.opcheck(layer.norm_operator, (*leaves, seed, p, LENGTH))
         leaves = [x.requires_grad_() for x in inputs_of("gelu", (2, 9, 8))]
         torch.library.opcheck(layer.gelu_operator, (*leaves, seed, p, LENGTH))
+
+
+@pytest.mark.parametrize("size", [None, 45, 0])
+def test_statistics_of_a_map(instruction_set, size, monkeypatch):
+    a, other = (x.softmax(dim=1) for x in numbers((67, 67), (67, 67)))
+    ours = transition.moments(a, other, size)
+    monkeypatch.setattr(layer, "map_sums", lambda *_: None)
+    for one, two in zip(ours, transition.moments(a, other, size), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=0, equal_nan=True)
+
+
+def test_statistics_that_are_not_numbers(instruction_set):
+    a = torch.full((40, 40), 1 / 40)
+    assert all(x.isnan() for x in transition.moments(a))
+    a[3, 4] = float("nan")
+    assert all(x.isnan() for x in transition.moments(a, torch.zeros(40, 40)))
