@@ -29,8 +29,8 @@ from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from sat import attention, data, runtime
-from sat.config import ConfigError, RunConfig, digest
+from sat import attention, data, devices, runtime
+from sat.config import RunConfig, digest
 from sat.evaluation import baseline, batch_size, chance, evaluate
 from sat.model import Classifier, loss_and_hits, num_parameters
 from sat.optimiser import make_optimiser, set_schedule
@@ -42,27 +42,6 @@ GRADIENT_LIMIT = 1.0
 
 class TrainingFailed(RuntimeError):
     """The training cannot go on; the message says in which step and why."""
-
-
-def check_data(config: RunConfig, manifest: dict) -> None:
-    """Raises ConfigError when the model cannot take the data."""
-    model = config.model
-    if manifest["task"] != config.task:
-        raise ConfigError(
-            f"the data are those of task {manifest['task']}, the settings those of {config.task}"
-        )
-    if manifest["vocab_size"] > model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size is {model.vocab_size}, the data need {manifest['vocab_size']}"
-        )
-    if manifest["num_classes"] != model.num_classes:
-        raise ConfigError(
-            f"model.num_classes is {model.num_classes}, the data have {manifest['num_classes']}"
-        )
-    if manifest["max_length"] > model.max_seq_len:
-        raise ConfigError(
-            f"model.max_seq_len is {model.max_seq_len}, the data need {manifest['max_length']}"
-        )
 
 
 def option_labels(config: RunConfig, manifest: dict) -> list[str]:
@@ -81,20 +60,27 @@ def option_labels(config: RunConfig, manifest: dict) -> list[str]:
     return labels
 
 
+def real_queries(batch: data.Batch, length: int) -> list[torch.Tensor]:
+    """How many sequences of the batch have a real id at each position, [length] an input."""
+    position = torch.arange(length)
+    return [
+        torch.full((length,), len(batch))
+        if lengths is None
+        else (position < lengths[:, None]).sum(dim=0)
+        for lengths in batch.lengths
+    ]
+
+
 def over_real_queries(
-    maps: list[list[torch.Tensor]], batch: data.Batch
-) -> tuple[list[list[torch.Tensor]], int | None]:
-    """Maps whose rows are means over the real queries alone, and the longest length of the first input."""
-    mended = []
-    for tower, lengths in zip(maps, batch.lengths, strict=True):
-        if lengths is not None:
-            position = torch.arange(len(tower[0]))
-            real = (position < lengths[:, None]).sum(dim=0).clamp(min=1)
-            scale = (len(batch) / real).to(tower[0])[:, None]
-            tower = [a * scale for a in tower]
-        mended.append(tower)
-    first = batch.lengths[0]
-    return mended, None if first is None else int(first.max())
+    maps: list[list[torch.Tensor]], real: list[torch.Tensor], batch_size: int
+) -> tuple[list[list[torch.Tensor]], int]:
+    """Maps whose rows are means over the real queries alone, and the longest length of the first input.
+
+    real: of the whole batch of `batch_size` sequences, as `real_queries` counts.
+    """
+    scales = [(batch_size / counts.clamp(min=1)).to(maps[0][0])[:, None] for counts in real]
+    mended = [[a * scale for a in tower] for tower, scale in zip(maps, scales, strict=True)]
+    return mended, int((real[0] > 0).sum())
 
 
 class Training:
@@ -107,6 +93,9 @@ class Training:
         learned = config.pattern.source == "parameter"
         self.model = Classifier(config.model, num_inputs, config.transition.padded_queries, learned)
         self.model.to(accelerator.device)
+        self.forward = self.model
+        if config.training.compile:
+            self.forward = devices.compiled(self.model, accelerator.device.type)
         self.phase = "dense"
         self.masks: list[torch.Tensor] | None = None
         self.pattern_report: dict | None = None  # what metrics.json says of the masks
@@ -123,8 +112,11 @@ class Training:
         self.evaluations_since_best = 0
 
     def step(self, index: int, batch: data.Batch) -> dict:
-        """One optimiser step on the whole batch, in parts that the device can take; -> the line of the history."""
-        config = self.config
+        """One optimiser step, in parts that the device can take; -> the line of the history.
+
+        batch: this process's share of the training.batch_size sequences of the step.
+        """
+        config, batch_size_of_all = self.config, self.config.training.batch_size
         rate = set_schedule(self.optimiser, config, self.phase, index)
         self.model.train()
         self.optimiser.zero_grad(set_to_none=True)
@@ -133,11 +125,12 @@ class Training:
         maps: list[list[torch.Tensor]] = []
         for start in range(0, len(batch), batch_size(config)):
             part = batch.slice(start, start + batch_size(config)).to(self.accelerator.device)
-            logits, part_maps = self.model(part, self.masks, want_maps)
+            with self.accelerator.autocast():
+                logits, part_maps = self.forward(part, self.masks, want_maps)
             part_loss, part_hits = loss_and_hits(logits, part.labels)
-            self.accelerator.backward(part_loss / len(batch))
+            self.accelerator.backward(part_loss / batch_size_of_all)
             loss, hits = loss + part_loss.detach(), hits + part_hits
-            share = len(part) / len(batch)
+            share = len(part) / batch_size_of_all
             weighted = [[a.detach() * share for a in tower] for tower in part_maps]
             maps = (
                 weighted
@@ -147,22 +140,27 @@ class Training:
                     for towers in zip(maps, weighted, strict=True)
                 ]
             )
+        real = []
+        if want_maps and config.transition.padded_queries == "ignored":
+            real = real_queries(batch, len(maps[0][0]))
+            real = [counts.to(self.accelerator.device) for counts in real]
+        self._sum_over_processes([loss, hits, *real, *(a for tower in maps for a in tower)])
         step_statistics = None
         if want_maps:
             size = None
-            if config.transition.padded_queries == "ignored":
-                maps, size = over_real_queries(maps, batch)
+            if real:
+                maps, size = over_real_queries(maps, real, batch_size_of_all)
             self._pattern_step(maps)
             step_statistics = self.map_statistics.update(maps[0], size)
         self._check_finite(index, float(loss))
-        self.accelerator.clip_grad_value_(self.model.parameters(), GRADIENT_LIMIT)
-        self.optimiser.step()
+        parameters = list(self.model.parameters())
+        devices.take_step(self.optimiser, parameters, GRADIENT_LIMIT, self.accelerator.scaler)
         line = {
             "event": "train",
             "step": index + 1,
             "phase": self.phase,
-            "loss": float(loss) / len(batch),
-            "accuracy": int(hits) / len(batch),
+            "loss": float(loss) / batch_size_of_all,
+            "accuracy": int(hits) / batch_size_of_all,
             "learning_rate": rate,
             "skewness": None,
             "distance": None,
@@ -174,6 +172,11 @@ class Training:
             if reason is not None and index + 1 < config.training.num_train_steps:
                 self.transition = {"step": index + 1, "reason": reason}
         return line
+
+    def _sum_over_processes(self, tensors: list[torch.Tensor]) -> None:
+        """Sum `tensors` and the gradients so far in place; the pattern's comes later, from the summed maps."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        devices.sum_in_place(self.accelerator, [*gradients, *tensors])
 
     def _pattern_step(self, maps: list[list[torch.Tensor]]) -> None:
         """Gradient of the pattern loss in P (the maps are constants), and the running sum of the pooled maps."""
@@ -253,7 +256,7 @@ class Training:
             self.model,
             split,
             config,
-            self.accelerator.device,
+            self.accelerator,
             self.masks,
             limit,
         )
@@ -292,7 +295,7 @@ def train(
     """
     config = RunConfig.from_dict(settings)
     manifest, splits = data.load(data_dir)
-    check_data(config, manifest)
+    data.check_fits(config, manifest)
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     for name in (
@@ -307,7 +310,8 @@ def train(
     for old in (output_dir / "tensorboard").glob("events.*"):
         old.unlink()
 
-    accelerator = runtime.make_accelerator(device, threads)
+    accelerator = runtime.make_accelerator(device, threads, config.training.precision)
+    devices.check_batch(config.training.batch_size, accelerator)
     training = Training(config, manifest["num_inputs"], accelerator)
     phases = {training.phase: Phase(accelerator.device)}
     started = time.perf_counter()
@@ -324,6 +328,7 @@ def train(
             rows = data.training_rows(
                 len(splits["train"]), config.training.batch_size, index, config.seed
             )
+            rows = rows[devices.share(len(rows), accelerator)]
             batch = splits["train"].batch(rows, config.model.sequence_length)
             line = training.step(index, batch)
             line["ms"] = 1000 * (time.perf_counter() - before)
@@ -357,7 +362,7 @@ def train(
     seconds = time.perf_counter() - started
 
     training.model.load_state_dict(training.best_weights)
-    test = evaluate(training.model, splits["test"], config, accelerator.device, training.masks)
+    test = evaluate(training.model, splits["test"], config, accelerator, training.masks)
     metrics = {
         "schema_version": 1,
         "run": config.run,

@@ -22,6 +22,7 @@ PAGE = "docs/parameters.md"
 COMMAND = "python workflow/scripts/parameters.py"
 UNITS = {
     "1 / step": "1/步",
+    "GPUs": "GPU",
     "batches": "批次",
     "blocks": "块",
     "classes": "类",
