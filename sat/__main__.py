@@ -152,8 +152,11 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["SAT_KERNELS"] = str(kernels)
 
     # torch is imported late: a wrong task name is answered at once.
+    import torch.distributed
+
     from sat import data
     from sat.evaluation import check_finished, evaluate_run, readable
+    from sat.interruption import Interrupted
     from sat.training import TrainingFailed, train
 
     threads = options.threads
@@ -177,6 +180,15 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{readable(result)}\nalso in {output_dir}/eval.json", file=sys.stderr)
     except (settings.ConfigError, data.DataError, TrainingFailed) as error:
         return _fail(error)
+    except Interrupted as interruption:
+        if is_main():
+            print(
+                f"{interruption}; the state is saved: the same command goes on from it",
+                file=sys.stderr,
+            )
+        return 128 + interruption.number
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return 0
 
 

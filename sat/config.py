@@ -359,6 +359,7 @@ class Training:
     patience: int | None
     precision: str
     compile: bool
+    checkpoint_seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
