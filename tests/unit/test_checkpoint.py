@@ -98,8 +98,8 @@ class Stopped(Exception):
     pass
 
 
-def interrupt(settings, data, folder, monkeypatch, step=15):
-    """A training that dies in the middle of step `step`."""
+def interrupt(settings, data, folder, monkeypatch, step=14):
+    """A training that dies in the middle of step `step` (from 0)."""
     real = training.Training.step
 
     def dying(self, index, batch):
@@ -142,7 +142,7 @@ def test_a_broken_checkpoint_is_left_out_and_the_one_before_used(
     training.train(settings, listops, tmp_path / "broken", device="cpu", threads=1)
     said = capsys.readouterr().err
     assert "checkpoint is not used: it is cut short or changed" in said
-    assert "going on from step 14" in said
+    assert "going on from step 13" in said
     assert_same_end(tmp_path / "whole", tmp_path / "broken")
 
 
@@ -189,6 +189,14 @@ def test_a_checkpoint_of_other_settings_data_or_code_is_not_used(
         assert f"is not used: it was made with other {name}" in said
         assert "going on" not in said
         assert_same_end(tmp_path / f"{name} new", tmp_path / name)
+
+
+@pytest.mark.parametrize(("seconds", "saved_step"), [(0, 14), (300, 12)])
+def test_checkpoints_keep_their_distance(listops, tmp_path, monkeypatch, seconds, saved_step):
+    """After every step with 0; else, in a training this short, at the switch alone."""
+    interrupt(often(training={"checkpoint_seconds": seconds}), listops, tmp_path, monkeypatch)
+    _, record = checkpoint.read(tmp_path / "checkpoint")
+    assert record["step"] == saved_step
 
 
 def test_the_code_digest_knows_the_kernels(kernels_dir, monkeypatch, tmp_path):
