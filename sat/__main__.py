@@ -169,7 +169,8 @@ def main(arguments: list[str] | None = None) -> int:
                 output_dir,
                 f"python -m sat --mode train --task {task} --random {seed} --name {attention}{other}",
             )
-        data.load(data_dir)  # an error now, not after a wait for a GPU
+        if not (data_dir / "manifest.json").is_file():
+            data.load(data_dir)  # its error now, not after a wait for a GPU
         take_devices(options, sys.argv[1:] if arguments is None else arguments)
         if options.mode == "train":
             train(resolved, data_dir, output_dir, device=options.device, threads=threads)
