@@ -101,6 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     # torch is imported late: a wrong task name is answered at once.
     from sat.data import DataError
     from sat.evaluation import evaluate_run
+    from sat.memory import OutOfMemory
     from sat.training import TrainingFailed, train
 
     try:
@@ -112,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
                     evaluate_run(output_dir, data_dir, options.device, options.threads), indent=2
                 )
             )
-    except (settings.ConfigError, DataError, TrainingFailed) as error:
+    except (settings.ConfigError, DataError, OutOfMemory, TrainingFailed) as error:
         return _fail(error)
     return 0
 

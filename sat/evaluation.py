@@ -14,7 +14,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from sat import data, runtime
+from sat import data, memory, runtime
 from sat.config import RunConfig
 from sat.model import Classifier, loss_and_hits
 
@@ -33,16 +33,26 @@ def evaluate(
     masks: list[torch.Tensor] | None,
     limit: int | None = None,
     confusion: torch.Tensor | None = None,
+    micro_batch: int | None = None,
 ) -> dict:
     """{accuracy in [0, 1], loss in nats, examples} of a split, or of its first `limit` rows.
 
     confusion: an int64 matrix [C, C] (true class, predicted class) to add the counts to.
+    micro_batch: sequences at once, `batch_size` of the settings when not given; half of it, a quarter, ... where memory
+    runs out, which changes nothing. Raises memory.OutOfMemory.
     """
     model.eval()
+    size = micro_batch or batch_size(config)
     loss = hits = examples = 0
     for batch in split.batches(batch_size(config), config.model.sequence_length, limit):
         batch = batch.to(device)
-        logits, _ = model(batch, masks)
+        size, logits = memory.halving(
+            size,
+            lambda size, batch=batch: torch.cat(
+                [model(part, masks)[0] for part in batch.parts(size)]
+            ),
+            "an evaluation",
+        )
         batch_loss, batch_hits = loss_and_hits(logits, batch.labels)
         loss, hits, examples = loss + batch_loss.double(), hits + batch_hits, examples + len(batch)
         if confusion is not None:

@@ -15,6 +15,7 @@ Files get their names when they are complete. Steps count from 1 in what is writ
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -29,7 +30,8 @@ from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from sat import attention, data, runtime
+from sat import attention, data, memory, runtime
+from sat.attention.dropout import sequences_from
 from sat.config import ConfigError, RunConfig, digest
 from sat.evaluation import baseline, batch_size, chance, evaluate
 from sat.model import Classifier, loss_and_hits, num_parameters
@@ -118,6 +120,7 @@ class Training:
             self._choose_blocks()
             self.phase, self.transition = "sparse", {"step": 0, "reason": "start"}
         self.optimiser = make_optimiser(self.model, config, self.phase)
+        self.micro_batch = batch_size(config)  # sequences that the device takes at once
         self.best: dict | None = None
         self.best_weights: dict[str, torch.Tensor] = {}
         self.evaluations_since_best = 0
@@ -127,26 +130,13 @@ class Training:
         config = self.config
         rate = set_schedule(self.optimiser, config, self.phase, index)
         self.model.train()
-        self.optimiser.zero_grad(set_to_none=True)
         want_maps = self.phase == "dense" and config.transition.rule != "never"
-        loss = hits = torch.zeros((), device=self.accelerator.device)
-        maps: list[list[torch.Tensor]] = []
-        for start in range(0, len(batch), batch_size(config)):
-            part = batch.slice(start, start + batch_size(config)).to(self.accelerator.device)
-            logits, part_maps = self.model(part, self.masks, want_maps)
-            part_loss, part_hits = loss_and_hits(logits, part.labels)
-            self.accelerator.backward(part_loss / len(batch))
-            loss, hits = loss + part_loss.detach(), hits + part_hits
-            share = len(part) / len(batch)
-            weighted = [[a.detach() * share for a in tower] for tower in part_maps]
-            maps = (
-                weighted
-                if not maps
-                else [
-                    [a + b for a, b in zip(*towers, strict=True)]
-                    for towers in zip(maps, weighted, strict=True)
-                ]
-            )
+        before = runtime.random_state(self.accelerator.device)
+        self.micro_batch, (loss, hits, maps) = memory.halving(
+            self.micro_batch,
+            lambda size: self._accumulate(batch, size, want_maps, before),
+            f"step {index + 1}",
+        )
         step_statistics = None
         if want_maps:
             size = None
@@ -154,16 +144,17 @@ class Training:
                 maps, size = over_real_queries(maps, batch)
             self._pattern_step(maps)
             step_statistics = self.map_statistics.update(maps[0], size)
-        self._check_finite(index, float(loss))
+        self._check_finite(index, float(loss), batch, before)
         self.accelerator.clip_grad_value_(self.model.parameters(), GRADIENT_LIMIT)
         self.optimiser.step()
         line = {
             "event": "train",
             "step": index + 1,
             "phase": self.phase,
-            "loss": float(loss) / len(batch),
-            "accuracy": int(hits) / len(batch),
+            "loss": float(loss) / config.training.batch_size,
+            "accuracy": int(hits) / config.training.batch_size,
             "learning_rate": rate,
+            "micro_batch": self.micro_batch,
             "skewness": None,
             "distance": None,
             "change": None,
@@ -174,6 +165,69 @@ class Training:
             if reason is not None and index + 1 < config.training.num_train_steps:
                 self.transition = {"step": index + 1, "reason": reason}
         return line
+
+    def _accumulate(
+        self, batch: data.Batch, size: int, want_maps: bool, random_state: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[list[torch.Tensor]]]:
+        """Gradients of the batch from parts of `size` sequences; -> (summed loss, hits, mean maps an input).
+
+        Every part draws from the same state of the random generators, and drops what it would drop as a part of the
+        whole batch: the size changes the rounding of sums and nothing else.
+        """
+        device, total = self.accelerator.device, self.config.training.batch_size
+        self.optimiser.zero_grad(set_to_none=True)
+        loss = hits = torch.zeros((), device=device)
+        maps: list[list[torch.Tensor]] = []
+        for part in batch.parts(size):
+            runtime.set_random_state(random_state, device)
+            part = part.to(device)
+            with sequences_from(part.first):
+                logits, part_maps = self.model(part, self.masks, want_maps)
+            part_loss, part_hits = loss_and_hits(logits, part.labels)
+            self.accelerator.backward(part_loss / total)
+            loss, hits = loss + part_loss.detach(), hits + part_hits
+            share = len(part) / total
+            if not maps:
+                maps = part_maps
+                if share < 1:
+                    maps = [[a.mul_(share) for a in tower] for tower in maps]
+                continue
+            for sums, new in zip(maps, part_maps, strict=True):
+                for a, b in zip(sums, new, strict=True):
+                    a.add_(b, alpha=share)
+        return loss, hits, maps
+
+    def limit_memory(self, limit: int | None, num_inputs: int) -> None:
+        """Choose how many sequences are trained on at once so that the process stays below `limit` bytes (CPU).
+
+        Raises memory.OutOfMemory when one is too much.
+        """
+        device, model = self.accelerator.device, self.config.model
+        if limit is None or device.type != "cpu":
+            return
+        want_maps = self.phase == "dense" and self.config.transition.rule != "never"
+        before = runtime.random_state(device)
+
+        def peak(size: int) -> int:
+            ids = torch.zeros(size, model.sequence_length, dtype=torch.int64)
+            lengths = torch.full((size,), model.max_seq_len)
+            batch = data.Batch([ids] * num_inputs, [lengths] * num_inputs, ids[:, 0])
+            runtime.reset_peak_memory(device)
+            self._accumulate(batch, size, want_maps, before)
+            return runtime.peak_memory(device) + kept
+
+        self.model.train()
+        maps = 4 * model.sequence_length**2 * model.num_layers * num_inputs if want_maps else 0
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        # Not in a first step: moments and best weights, the maps of the step before and of the other parts.
+        kept = 3 * weights + 2 * maps
+        peak(1)  # loads libraries, starts threads
+        self.optimiser.zero_grad(set_to_none=True)
+        runtime.reset_peak_memory(device)
+        fixed = runtime.peak_memory(device) + weights + maps + kept
+        self.micro_batch = memory.largest_that_fits(self.micro_batch, limit, fixed, peak)
+        self.optimiser.zero_grad(set_to_none=True)
+        runtime.set_random_state(before, device)
 
     def _pattern_step(self, maps: list[list[torch.Tensor]]) -> None:
         """Gradient of the pattern loss in P (the maps are constants), and the running sum of the pooled maps."""
@@ -195,19 +249,50 @@ class Training:
             self.pooled_sum = [total + target for total, target in zip(sums, towers, strict=True)]
             self.num_pooled += 1
 
-    def _check_finite(self, index: int, loss: float) -> None:
+    def _check_finite(
+        self, index: int, loss: float, batch: data.Batch, random_state: dict[str, torch.Tensor]
+    ) -> None:
+        """Raises TrainingFailed with step and layer when the loss is not a finite number."""
         if math.isfinite(loss):
             return
-        names = [
-            n
-            for n, p in self.model.named_parameters()
-            if p.grad is not None and not p.grad.isfinite().all()
-        ]
-        where = f"; first gradient that is not finite: {names[0]}" if names else ""
+        where = self._first_not_finite(batch, random_state)
         raise TrainingFailed(
-            f"the loss is {loss} in step {index + 1} ({self.phase} phase){where}. Lower training.learning_rate "
-            f"(now {self.config.training.learning_rate:g}) or raise training.warmup."
+            f"the loss is {loss} in step {index + 1} ({self.phase} phase); the first values that are not finite are "
+            f"{where}. Lower training.learning_rate (now {self.config.training.learning_rate:g}) or raise "
+            "training.warmup."
         )
+
+    def _first_not_finite(self, batch: data.Batch, random_state: dict[str, torch.Tensor]) -> str:
+        """Where the forward of the batch, done again, first leaves the finite numbers."""
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                return f"in the weights {name}"
+        found: list[str] = []
+
+        def look(name, module, arguments, output):
+            outputs = output if isinstance(output, tuple) else (output,)
+            numbers = [x for x in outputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
+            if not all(bool(x.isfinite().all()) for x in numbers):
+                found.append(name)
+
+        hooks = [
+            module.register_forward_hook(functools.partial(look, name))
+            for name, module in self.model.named_modules()
+            if name
+        ]
+        device = self.accelerator.device
+        try:
+            with torch.no_grad():
+                for part in batch.parts(self.micro_batch):
+                    runtime.set_random_state(random_state, device)
+                    with sequences_from(part.first):
+                        self.model(part.to(device), self.masks)
+                    if found:
+                        return f"those that {found[0]} gives"
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return "in the loss itself"
 
     def go_sparse(self) -> None:
         """Choose the blocks, start a new optimiser, forget the best weights of the dense phase."""
@@ -256,6 +341,7 @@ class Training:
             self.accelerator.device,
             self.masks,
             limit,
+            micro_batch=self.micro_batch,
         )
         scored |= {"step": step, "phase": self.phase}
         if self.best is None or scored["accuracy"] > self.best["accuracy"]:
@@ -309,6 +395,7 @@ def train(
 
     accelerator = runtime.make_accelerator(device, threads)
     training = Training(config, manifest["num_inputs"], accelerator)
+    training.limit_memory(memory.limit_bytes(config.model.memory_limit_gb), manifest["num_inputs"])
     phases = {training.phase: Phase(accelerator.device)}
     started = time.perf_counter()
     history_path = output_dir / "history.jsonl.partial"
@@ -357,7 +444,14 @@ def train(
     seconds = time.perf_counter() - started
 
     training.model.load_state_dict(training.best_weights)
-    test = evaluate(training.model, splits["test"], config, accelerator.device, training.masks)
+    test = evaluate(
+        training.model,
+        splits["test"],
+        config,
+        accelerator.device,
+        training.masks,
+        micro_batch=training.micro_batch,
+    )
     metrics = {
         "schema_version": 1,
         "run": config.run,
@@ -373,6 +467,7 @@ def train(
         "pattern": training.pattern_report,
         "num_parameters": num_parameters(training.model),
         "num_steps": step,
+        "micro_batch": training.micro_batch,
         "phases": {
             name: phases[name].summary() if name in phases else None for name in ("dense", "sparse")
         },

@@ -23,6 +23,7 @@ COMMAND = "python workflow/scripts/parameters.py"
 UNITS = {
     "1 / step": "1/步",
     "batches": "批次",
+    "GB": "GB",
     "blocks": "块",
     "classes": "类",
     "evaluations": "次验证",
