@@ -96,6 +96,7 @@ SHOWN_ELSEWHERE = {
     ("dataset", "image_size"): "test_preprocess.py::test_pathfinder_image_size_must_fit_max_length",
     ("model", "memory_limit_gb"): "test_memory.py::test_a_limit_is_kept_by_smaller_parts",
     ("model", "num_classes"): "test_training.py::test_model_and_data_must_fit",
+    ("training", "checkpoint_seconds"): "test_checkpoint.py::test_checkpoints_keep_their_distance",
 }
 # (task, attention, changes, words of the error)
 REFUSALS = [
