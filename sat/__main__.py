@@ -157,6 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     from sat import data
     from sat.evaluation import check_finished, evaluate_run, readable
     from sat.interruption import Interrupted
+    from sat.memory import OutOfMemory
     from sat.training import TrainingFailed, train
 
     threads = options.threads
@@ -179,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
             if is_main():
                 print(json.dumps(result, indent=2), flush=True)
                 print(f"{readable(result)}\nalso in {output_dir}/eval.json", file=sys.stderr)
-    except (settings.ConfigError, data.DataError, TrainingFailed) as error:
+    except (settings.ConfigError, data.DataError, OutOfMemory, TrainingFailed) as error:
         return _fail(error)
     except Interrupted as interruption:
         if is_main():

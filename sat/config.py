@@ -317,6 +317,7 @@ class Model:
     pooling_mode: str
     block_size: int
     batch_size: int | None
+    memory_limit_gb: float | None
     density: float
     denominator: str
     zero_pixel_is_padding: bool

@@ -28,11 +28,15 @@ class DataError(ValueError):
 
 @dataclasses.dataclass
 class Batch:
-    """ids: one int64 tensor [B, S] an input; lengths: its real ids [B], None when there is no padding; labels [B]."""
+    """ids: one int64 tensor [B, S] an input; lengths: its real ids [B], None when there is no padding; labels [B].
+
+    first: place of the first sequence in the whole batch of a step, of which this may be a part.
+    """
 
     ids: list[torch.Tensor]
     lengths: list[torch.Tensor | None]
     labels: torch.Tensor
+    first: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -43,6 +47,7 @@ class Batch:
             [ids[part] for ids in self.ids],
             [None if lengths is None else lengths[part] for lengths in self.lengths],
             self.labels[part],
+            self.first + start,
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -53,7 +58,13 @@ class Batch:
                 for lengths in self.lengths
             ],
             self.labels.to(device, non_blocking=True),
+            self.first,
         )
+
+    def parts(self, size: int) -> Iterator[Batch]:
+        """The batch in parts of `size` sequences, the last one as small as it comes."""
+        for start in range(0, len(self), size):
+            yield self.slice(start, start + size)
 
 
 class Column:

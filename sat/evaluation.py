@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 
-from sat import data, devices, runtime
+from sat import data, devices, memory, runtime
 from sat.config import RunConfig, filled_in
 from sat.launch import is_main
 from sat.model import Classifier, loss_and_hits
@@ -38,12 +38,16 @@ def evaluate(
     masks: list[torch.Tensor] | None,
     limit: int | None = None,
     confusion: torch.Tensor | None = None,
+    micro_batch: int | None = None,
 ) -> dict:
     """{accuracy in [0, 1], loss in nats, examples} of a split, or of its first `limit` rows.
 
     confusion: an int64 matrix [C, C] (true class, predicted class) to add the counts to.
+    micro_batch: sequences at once, `batch_size` of the settings when not given; half of it, a quarter, ... where memory
+    runs out, which changes nothing. Raises memory.OutOfMemory.
     """
     model.eval()
+    size = micro_batch or batch_size(config)
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # loss, hits, examples
     pairs = torch.zeros(config.model.num_classes**2, dtype=torch.int64, device=accelerator.device)
     for batch in split.batches(
@@ -55,7 +59,13 @@ def evaluate(
     ):
         batch = batch.to(accelerator.device)
         with accelerator.autocast():
-            logits, _ = model(batch, masks)
+            size, logits = memory.halving(
+                size,
+                lambda size, batch=batch: torch.cat(
+                    [model(part, masks)[0] for part in batch.parts(size)]
+                ),
+                "an evaluation",
+            )
         batch_loss, batch_hits = loss_and_hits(logits, batch.labels)
         sums += torch.stack([batch_loss, batch_hits, torch.full_like(batch_loss, len(batch))])
         if confusion is not None:

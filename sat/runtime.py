@@ -68,16 +68,21 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def release_memory() -> None:
+    """Give what was freed back to the system; glibc keeps it otherwise, and it counts on."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        pass
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Let the next `peak_memory` be that of the phase that begins now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, and it would count on
-    except (AttributeError, OSError):
-        pass
+    release_memory()
     try:
         # Linux: the peak of the resident set becomes its present size.
         Path("/proc/self/clear_refs").write_text("5")
@@ -97,6 +102,20 @@ def peak_memory(device: torch.device) -> int:
         pass
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """States of torch's generators, of the CPU and of the device."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ the folder also holds history.jsonl.partial and the state to go on from after a 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -27,8 +28,9 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 
-from sat import checkpoint, data, devices, interruption, runtime
+from sat import checkpoint, data, devices, interruption, memory, runtime
 from sat.attention import selection
+from sat.attention.dropout import sequences_from
 from sat.config import RunConfig, digest
 from sat.evaluation import RUN_FILES, baseline, batch_size, chance, evaluate
 from sat.interruption import Interrupted, Stop
@@ -122,6 +124,8 @@ class Training:
             self.choose_blocks()
             self.phase, self.transition = "sparse", {"step": 0, "reason": "start"}
         self.optimiser = make_optimiser(self.model, config, self.phase)
+        self.micro_batch = batch_size(config)  # sequences that the device takes at once
+        self.memory_limit: int | None = None  # bytes that it was chosen for
         self.best: dict | None = None
         self.best_weights: dict[str, torch.Tensor] = {}
         self.evaluations_since_best = 0
@@ -131,30 +135,16 @@ class Training:
 
         batch: this process's share of the training.batch_size sequences of the step.
         """
-        config, batch_size_of_all = self.config, self.config.training.batch_size
+        config = self.config
         rate = set_schedule(self.optimiser, config, self.phase, index)
         self.model.train()
-        self.optimiser.zero_grad(set_to_none=True)
         want_maps = self.phase == "dense" and config.transition.rule != "never"
-        loss = hits = torch.zeros((), device=self.accelerator.device)
-        maps: list[list[torch.Tensor]] = []
-        for start in range(0, len(batch), batch_size(config)):
-            part = batch.slice(start, start + batch_size(config)).to(self.accelerator.device)
-            with self.accelerator.autocast():
-                logits, part_maps = self.forward(part, self.masks, want_maps)
-            part_loss, part_hits = loss_and_hits(logits, part.labels)
-            self.accelerator.backward(part_loss / batch_size_of_all)
-            loss, hits = loss + part_loss.detach(), hits + part_hits
-            share = len(part) / batch_size_of_all
-            weighted = [[a.detach() * share for a in tower] for tower in part_maps]
-            maps = (
-                weighted
-                if not maps
-                else [
-                    [a + b for a, b in zip(*towers, strict=True)]
-                    for towers in zip(maps, weighted, strict=True)
-                ]
-            )
+        before = runtime.random_state(self.accelerator.device)
+        self.micro_batch, (loss, hits, maps) = memory.halving(
+            self.micro_batch,
+            lambda size: self._accumulate(batch, size, want_maps, before),
+            f"step {index + 1}",
+        )
         real = []
         if want_maps and config.transition.padded_queries == "ignored":
             real = real_queries(batch, len(maps[0][0]))
@@ -164,19 +154,20 @@ class Training:
         if want_maps:
             size = None
             if real:
-                maps, size = over_real_queries(maps, real, batch_size_of_all)
+                maps, size = over_real_queries(maps, real, config.training.batch_size)
             self._pattern_step(maps)
             step_statistics = self.map_statistics.update(maps[0], size)
-        self._check_finite(index, float(loss))
+        self._check_finite(index, float(loss), batch, before)
         parameters = list(self.model.parameters())
         devices.take_step(self.optimiser, parameters, GRADIENT_LIMIT, self.accelerator.scaler)
         line = {
             "event": "train",
             "step": index + 1,
             "phase": self.phase,
-            "loss": float(loss) / batch_size_of_all,
-            "accuracy": int(hits) / batch_size_of_all,
+            "loss": float(loss) / config.training.batch_size,
+            "accuracy": int(hits) / config.training.batch_size,
             "learning_rate": rate,
+            "micro_batch": self.micro_batch,
             "skewness": None,
             "distance": None,
             "change": None,
@@ -192,6 +183,76 @@ class Training:
         """Sum `tensors` and the gradients so far in place; the pattern's comes later, from the summed maps."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         devices.sum_in_place(self.accelerator, [*gradients, *tensors])
+
+    def _accumulate(
+        self, batch: data.Batch, size: int, want_maps: bool, random_state: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[list[torch.Tensor]]]:
+        """Gradients of the batch from parts of `size` sequences; -> (summed loss, hits, mean maps an input).
+
+        Every part draws from the same state of the random generators, and drops what it would drop as a part of the
+        whole batch: the size changes the rounding of sums and nothing else.
+        """
+        device, total = self.accelerator.device, self.config.training.batch_size
+        self.optimiser.zero_grad(set_to_none=True)
+        loss = hits = torch.zeros((), device=device)
+        maps: list[list[torch.Tensor]] = []
+        for part in batch.parts(size):
+            runtime.set_random_state(random_state, device)
+            part = part.to(device)
+            with sequences_from(part.first), self.accelerator.autocast():
+                logits, part_maps = self.forward(part, self.masks, want_maps)
+            part_loss, part_hits = loss_and_hits(logits, part.labels)
+            self.accelerator.backward(part_loss / total)
+            loss, hits = loss + part_loss.detach(), hits + part_hits
+            share = len(part) / total
+            if not maps:
+                maps = part_maps
+                if share < 1:
+                    maps = [[a.mul_(share) for a in tower] for tower in maps]
+                continue
+            for sums, new in zip(maps, part_maps, strict=True):
+                for a, b in zip(sums, new, strict=True):
+                    a.add_(b, alpha=share)
+        return loss, hits, maps
+
+    def limit_memory(self, limit: int | None, num_inputs: int) -> None:
+        """Choose how many sequences are trained on at once so that the process stays below `limit` bytes (CPU).
+
+        Raises memory.OutOfMemory when one is too much.
+        """
+        device, model = self.accelerator.device, self.config.model
+        if limit is None or device.type != "cpu":
+            return
+        if (
+            self.memory_limit is not None and limit >= self.memory_limit
+        ):  # as before an interruption
+            return
+        self.memory_limit = limit
+        want_maps = self.phase == "dense" and self.config.transition.rule != "never"
+        before = runtime.random_state(device)
+
+        def peak(size: int) -> int:
+            ids = torch.zeros(size, model.sequence_length, dtype=torch.int64)
+            lengths = torch.full((size,), model.max_seq_len)
+            batch = data.Batch([ids] * num_inputs, [lengths] * num_inputs, ids[:, 0])
+            runtime.reset_peak_memory(device)
+            self._accumulate(batch, size, want_maps, before)
+            return runtime.peak_memory(device) + kept
+
+        self.model.train()
+        maps = 4 * model.sequence_length**2 * model.num_layers * num_inputs if want_maps else 0
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        # Not in a first step: moments and best weights, the maps of the step before and of the other parts.
+        kept = 3 * weights + 2 * maps
+        peak(1)  # loads libraries, starts threads
+        self.optimiser.zero_grad(set_to_none=True)
+        runtime.reset_peak_memory(device)
+        fixed = runtime.peak_memory(device) + weights + maps + kept
+        share = limit // self.accelerator.num_processes
+        self.micro_batch = memory.largest_that_fits(self.micro_batch, share, fixed, peak)
+        self.optimiser.zero_grad(set_to_none=True)
+        runtime.reset_peak_memory(device)
+        runtime.set_random_state(before, device)
 
     def _pattern_step(self, maps: list[list[torch.Tensor]]) -> None:
         """Gradient of the pattern loss in P (the maps are constants), and the running sum of the pooled maps."""
@@ -213,19 +274,50 @@ class Training:
             self.pooled_sum = [total + target for total, target in zip(sums, towers, strict=True)]
             self.num_pooled += 1
 
-    def _check_finite(self, index: int, loss: float) -> None:
+    def _check_finite(
+        self, index: int, loss: float, batch: data.Batch, random_state: dict[str, torch.Tensor]
+    ) -> None:
+        """Raises TrainingFailed with step and layer when the loss is not a finite number."""
         if math.isfinite(loss):
             return
-        names = [
-            n
-            for n, p in self.model.named_parameters()
-            if p.grad is not None and not p.grad.isfinite().all()
-        ]
-        where = f"; first gradient that is not finite: {names[0]}" if names else ""
+        where = self._first_not_finite(batch, random_state)
         raise TrainingFailed(
-            f"the loss is {loss} in step {index + 1} ({self.phase} phase){where}. Lower training.learning_rate "
-            f"(now {self.config.training.learning_rate:g}) or raise training.warmup."
+            f"the loss is {loss} in step {index + 1} ({self.phase} phase); the first values that are not finite are "
+            f"{where}. Lower training.learning_rate (now {self.config.training.learning_rate:g}) or raise "
+            "training.warmup."
         )
+
+    def _first_not_finite(self, batch: data.Batch, random_state: dict[str, torch.Tensor]) -> str:
+        """Where the forward of the batch, done again, first leaves the finite numbers."""
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                return f"in the weights {name}"
+        found: list[str] = []
+
+        def look(name, module, arguments, output):
+            outputs = output if isinstance(output, tuple) else (output,)
+            numbers = [x for x in outputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
+            if not all(bool(x.isfinite().all()) for x in numbers):
+                found.append(name)
+
+        hooks = [
+            module.register_forward_hook(functools.partial(look, name))
+            for name, module in self.model.named_modules()
+            if name
+        ]
+        device = self.accelerator.device
+        try:
+            with torch.no_grad():
+                for part in batch.parts(self.micro_batch):
+                    runtime.set_random_state(random_state, device)
+                    with sequences_from(part.first), self.accelerator.autocast():
+                        self.model(part.to(device), self.masks)
+                    if found:
+                        return f"those that {found[0]} gives"
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return "in the loss itself"
 
     def go_sparse(self) -> None:
         """Choose the blocks, start a new optimiser, forget the best weights of the dense phase."""
@@ -268,7 +360,15 @@ class Training:
         limit = None  # in rows, so that what a device takes at once changes nothing
         if config.training.num_eval_steps is not None:
             limit = config.training.num_eval_steps * config.training.batch_size
-        return evaluate(self.model, split, config, self.accelerator, masks, limit)
+        return evaluate(
+            self.model,
+            split,
+            config,
+            self.accelerator,
+            masks,
+            limit,
+            micro_batch=self.micro_batch,
+        )
 
     def keep_best(self, scored: dict, step: int) -> dict:
         """Keep the weights when `scored`, after `step` steps, is the best of this phase; -> scored with its place."""
@@ -283,14 +383,11 @@ class Training:
 
     def state(self) -> dict:
         """All that `load_state` needs to go on as if nothing had happened, the random generators' states included."""
-        random = {"cpu": torch.get_rng_state()}
-        if self.accelerator.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
         return {
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "map_statistics": vars(self.map_statistics),
-            "random": random,
+            "random": runtime.random_state(self.accelerator.device),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             **{name: getattr(self, name) for name in self._PLAIN_STATE},
         }
@@ -306,6 +403,8 @@ class Training:
         "best",
         "best_weights",
         "evaluations_since_best",
+        "micro_batch",
+        "memory_limit",
     )
 
     def load_state(self, state: dict) -> None:
@@ -318,9 +417,7 @@ class Training:
             setattr(self, name, _moved(state[name], device))
         if state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if "cuda" in state["random"] and device.type == "cuda":
-            torch.cuda.set_rng_state(state["random"]["cuda"], device)
+        runtime.set_random_state(state["random"], device)
 
     @property
     def out_of_patience(self) -> bool:
@@ -360,12 +457,21 @@ def train(
     training = Training(config, manifest["num_inputs"], accelerator)
     identity = checkpoint.identity(settings, data.data_digest(manifest))
     unfinished = _Unfinished(training, output_dir, identity)
+    limit = memory.limit_bytes(config.model.memory_limit_gb)
+    training.limit_memory(limit, manifest["num_inputs"])
     with interruption.watching() as stop, unfinished.recording():
         _run_steps(training, splits, unfinished, stop)
         unfinished.end_phase()
         training.model.load_state_dict(training.best_weights)
         with stop.at_once():
-            test = evaluate(training.model, splits["test"], config, accelerator, training.masks)
+            test = evaluate(
+                training.model,
+                splits["test"],
+                config,
+                accelerator,
+                training.masks,
+                micro_batch=training.micro_batch,
+            )
     backends = backends_of(config, accelerator.device)
     metrics = {
         "schema_version": 1,
@@ -383,6 +489,7 @@ def train(
         "pattern": training.pattern_report,
         "num_parameters": num_parameters(training.model),
         "num_steps": unfinished.step,
+        "micro_batch": training.micro_batch,
         "phases": {
             name: unfinished.phases[name].summary(accelerator) | {"backend": backends[name]}
             if name in unfinished.phases
@@ -442,8 +549,9 @@ def _run_steps(
             rows = data.training_rows(
                 len(splits["train"]), config.training.batch_size, index, config.seed
             )
-            rows = rows[devices.share(len(rows), accelerator)]
-            batch = splits["train"].batch(rows, config.model.sequence_length)
+            mine = devices.share(len(rows), accelerator)
+            batch = splits["train"].batch(rows[mine], config.model.sequence_length)
+            batch.first = mine.start
             line = training.step(index, batch)
             line["ms"] = 1000 * (time.perf_counter() - before)
             unfinished.finish_step(line)

@@ -94,6 +94,7 @@ SHOWN_ELSEWHERE = {
     ("dataset", "brackets"): "test_preprocess.py::test_lossy_form_of_listops_is_labelled",
     ("dataset", "level"): "test_training.py::test_option_labels",
     ("dataset", "image_size"): "test_preprocess.py::test_pathfinder_image_size_must_fit_max_length",
+    ("model", "memory_limit_gb"): "test_memory.py::test_a_limit_is_kept_by_smaller_parts",
     ("model", "num_classes"): "test_training.py::test_model_and_data_must_fit",
     (
         "training",

@@ -24,6 +24,7 @@ UNITS = {
     "1 / step": "1/步",
     "GPUs": "GPU",
     "batches": "批次",
+    "GB": "GB",
     "blocks": "块",
     "classes": "类",
     "evaluations": "次验证",
