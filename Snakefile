@@ -62,11 +62,13 @@ localrules:
     all,
     benchmark,
     collect,
+    compare,
     data,
     draw_figures,
     kernels,
     figures,
     table,
+    table_so_far,
 
 
 rule all:
@@ -113,7 +115,15 @@ onsuccess:
     if any(job.name == "collect" for job in workflow.dag.jobs):
         print(f"\n{Path(f'{RESULTS}/table.md').read_text()}", file=sys.stderr)
     print(
-        f"Table: {RESULTS}/table.{{csv,md,tex}}   Figures: {RESULTS}/figures/<task>/   "
+        f"Table: {RESULTS}/table.{{csv,md,tex}}, tables/   Figures: {RESULTS}/figures/<task>/   "
         f"Logs: {RESULTS}/logs/",
+        file=sys.stderr,
+    )
+
+
+onerror:
+    print(
+        "\nA step failed (its log is above). Other trainings go on with --keep-going; the table of what is finished, "
+        "failed runs as rows: the same command with the target table_so_far.",
         file=sys.stderr,
     )

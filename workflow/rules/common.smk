@@ -61,6 +61,7 @@ RUN_FILES = [
     "pattern.safetensors",
 ]
 RUN_FOLDER = f"{RESULTS}/runs/{{task}}/{{attention}}/seed{{seed}}"
+TABLES = f"{RESULTS}/tables"
 ORDER = json.dumps({key: config[key] for key in ("run", "tasks", "attentions", "seeds")})
 FIGURES = ["accuracy.svg", "pattern.svg"]
 
@@ -125,6 +126,11 @@ def metrics_of(task):
     )
 
 
+def runs_folder(wildcards, input):
+    """The folder above those of the runs; not recorded."""
+    return shlex.quote(str(Path(input.metrics[0]).parents[3]))
+
+
 @functools.cache
 def settings_of_any_seed(task, attention):
     return settings.resolve(config, task, attention, config["seeds"][0])
@@ -136,9 +142,12 @@ def settings_of(task, attention, seed):
 
 
 def settings_of_runs():
-    """Digest of every training's settings: a run that was trained with others by hand gets no row."""
+    """Digest of every training's settings: a run that was trained with others by hand gets no row.
+
+    Its first digits, so that a command for 1,000 trainings is not too long for a shell.
+    """
     return {
-        f"{task}/{attention}/seed{seed}": settings.digest(settings_of(task, attention, seed))
+        f"{task}/{attention}/seed{seed}": settings.digest(settings_of(task, attention, seed))[:16]
         for task in TASKS
         for attention in config["attentions"]
         for seed in config["seeds"]
@@ -157,3 +166,7 @@ def runs_of(task):
 
 def figures_of(task):
     return expand(f"{RESULTS}/figures/{{task}}/{{figure}}", task=task, figure=FIGURES)
+
+
+METRICS = [path for task in TASKS for path in metrics_of(task)]
+SETTINGS = [str(Path(path).parent / "config.json") for path in METRICS]

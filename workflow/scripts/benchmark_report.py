@@ -14,7 +14,7 @@ from pathlib import Path
 
 import matplotlib
 import pandas as pd
-from collect import write_all
+from tables import write_all
 from figures import COLOURS, STYLE
 from matplotlib.figure import Figure
 

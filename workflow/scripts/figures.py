@@ -29,12 +29,12 @@ from collect import (
     parse_config,
     read_metrics,
     run_name,
-    write_all,
 )
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
+from tables import write_all
 
 # Okabe and Ito's palette: told apart with any colour vision, and in grey by line style.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
