@@ -112,8 +112,9 @@ onstart:
 
 
 onsuccess:
-    if any(job.name == "collect" for job in workflow.dag.jobs):
-        print(f"\n{Path(f'{RESULTS}/table.md').read_text()}", file=sys.stderr)
+    _table = Path(f"{RESULTS}/table.md")
+    if any(job.name == "collect" for job in workflow.dag.jobs) and _table.is_file():
+        print(f"\n{_table.read_text()}", file=sys.stderr)
     print(
         f"Table: {RESULTS}/table.{{csv,md,tex}}, tables/   Figures: {RESULTS}/figures/<task>/   "
         f"Logs: {RESULTS}/logs/",

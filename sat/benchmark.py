@@ -86,8 +86,10 @@ def flex_forward(mask, block_size: int):
     compiled = torch.compile(flex.flex_attention, dynamic=False)
     counts = mask.sum(1, dtype=torch.int32)[None, None]
     order = torch.argsort(mask.int(), dim=1, descending=True, stable=True).int()[None, None]
+    # All blocks are full. A tensor must not be given twice: the C++ code that torch 2.13 makes would
+    # then name it once and not compile.
     blocks = flex.BlockMask.from_kv_blocks(
-        torch.zeros_like(counts), order, counts, order, BLOCK_SIZE=block_size
+        torch.zeros_like(counts), torch.zeros_like(order), counts, order, BLOCK_SIZE=block_size
     )
     return lambda q, k, v: compiled(q, k, v, block_mask=blocks)
 
@@ -206,6 +208,7 @@ def attention(options: argparse.Namespace) -> dict:
             shape = (batch, HEADS, length, WIDTH)
             inputs = [torch.randn(shape, generator=generator) for _ in range(4)]
             calls, rows = {}, []
+            torch.compiler.reset()  # of FlexAttention, before it has seen too many shapes
             for name, block, density, selected, function, has_backward in cases(
                 batch, length, blocks, densities, use_flex
             ):

@@ -25,6 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = "workflow/schemas/config.schema.yaml"
 BLOCKS = ("dataset", "model", "training", "transition", "pattern")
 ALIASES = {"cifar10": "image", "news1": "agnews", "yelp1": "yelp"}
+# model.attention beside softmax: where its class is. One's own is given as package.module:Class.
+EFFICIENT = {
+    name: f"sat.efficient:{name.capitalize()}"
+    for name in ("nystromformer", "linformer", "performer", "reformer", "skyformer")
+}
+STATIC_PATTERNS = ("local", "bigbird", "random")
 
 
 class ConfigError(ValueError):
@@ -309,6 +315,13 @@ class Model:
     density: float
     denominator: str
     zero_pixel_is_padding: bool
+    attention: str
+    landmarks: int
+    projection: int
+    features: int
+    hashes: int
+    bucket_size: int
+    attention_arguments: dict
 
     @property
     def sequence_length(self) -> int:
@@ -344,6 +357,7 @@ class Training:
 @dataclasses.dataclass(frozen=True)
 class Transition:
     rule: str
+    ema: float
     padded_queries: str
     learning_rate: str
 
@@ -396,11 +410,7 @@ class RunConfig:
                 f"task {config.task}: training.warmup {training.warmup} is more than "
                 f"training.num_train_steps {training.num_train_steps}"
             )
-        if (config.transition.rule == "never") != (config.pattern.source == "none"):
-            raise ConfigError(
-                f"attention {config.attention}: transition.rule '{config.transition.rule}' does not go with "
-                f"pattern.source '{config.pattern.source}': a dense run has rule never and source none"
-            )
+        _check_method(config)
         first, last = training.num_init_steps, training.num_dense_train_steps
         if first is not None and last is not None and first > last:
             raise ConfigError(
@@ -412,12 +422,66 @@ class RunConfig:
                 f"task {config.task}: model.zero_pixel_is_padding is about MEAN pooling, "
                 "model.pooling_mode is CLS"
             )
-        if config.pattern.min_per_row > model.num_blocks:
-            raise ConfigError(
-                f"attention {config.attention}: pattern.min_per_row {config.pattern.min_per_row} is more than "
-                f"the {model.num_blocks} blocks of a row"
-            )
         return config
+
+
+def _check_method(config: RunConfig) -> None:
+    """Raises ConfigError where attention, switch and pattern do not go together."""
+    model, rule, source = config.model, config.transition.rule, config.pattern.source
+    who = f"attention {config.attention}"
+    if (rule == "never") != (source == "none"):
+        raise ConfigError(
+            f"{who}: transition.rule '{rule}' does not go with pattern.source '{source}': "
+            "a dense run has rule never and source none"
+        )
+    if rule == "start" and source not in STATIC_PATTERNS:
+        raise ConfigError(
+            f"{who}: pattern.source '{source}' is learned in a dense phase, which transition.rule 'start' leaves out; "
+            f"sources without one: {', '.join(STATIC_PATTERNS)}"
+        )
+    if config.pattern.min_per_row > model.num_blocks:
+        raise ConfigError(
+            f"{who}: pattern.min_per_row {config.pattern.min_per_row} is more than the {model.num_blocks} "
+            "blocks of a row"
+        )
+    if model.attention == "softmax" or model.attention in EFFICIENT:
+        if model.attention_arguments:
+            raise ConfigError(
+                f"{who}: model.attention_arguments are for an attention of your own, not for '{model.attention}'"
+            )
+    elif ":" not in model.attention:
+        known_ones = ["softmax", *EFFICIENT]
+        raise ConfigError(
+            f"{who}: unknown model.attention '{model.attention}'{nearest(model.attention, known_ones)}; there are "
+            f"{', '.join(known_ones)}, and package.module:Class for your own"
+        )
+    if model.attention == "softmax":
+        return
+    if rule != "never":
+        raise ConfigError(
+            f"{who}: model.attention '{model.attention}' has no blocks to choose; transition.rule must be never"
+        )
+    if model.attention_dropout:
+        raise ConfigError(
+            f"{who}: model.attention_dropout drops attention weights, which only softmax has; "
+            f"set it to 0 for model.attention '{model.attention}'"
+        )
+    S = model.sequence_length
+    parts = {
+        "nystromformer": ("landmarks", model.landmarks, "must divide"),
+        "reformer": ("bucket_size", 2 * model.bucket_size, "must, doubled, divide"),
+        "linformer": ("projection", model.projection, "must be at most"),
+    }
+    if model.attention in parts:
+        key, size, words = parts[model.attention]
+        if size > S or ("divide" in words and S % size):
+            raise ConfigError(
+                f"{who}: model.{key} {getattr(model, key)} {words} the padded length {S} of task {config.task}"
+            )
+    if model.attention == "skyformer" and model.landmarks % 2:
+        raise ConfigError(
+            f"{who}: model.landmarks {model.landmarks} must be even: half are queries, half keys"
+        )
 
 
 def _build(cls: type, values: Mapping) -> Any:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from sat.attention import block_sparse_attention, dense_attention
 from sat.config import Model
 from sat.data import Batch
+from sat.efficient import make_attention
 
 
 @dataclasses.dataclass
@@ -38,24 +39,31 @@ def sinusoids(length: int, width: int) -> torch.Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention: dense, or over the blocks of a mask [n, n]."""
+    """Multi-head self-attention: dense, over the blocks of a mask [n, n], or one of sat/efficient.py in its place."""
 
     def __init__(self, config: Model, padded_queries: str):
         super().__init__()
         self.config = config
         self.padded_queries = "attend" if padded_queries == "counted" else "zero"
         inner = config.num_head * config.head_dim
-        self.qkv = nn.Linear(config.transformer_dim, 3 * inner)
+        self.efficient = make_attention(config)
+        shared = getattr(self.efficient, "shared_query_key", False)
+        self.num_projections = 2 if shared else 3  # (query and key as one, value) or one of each
+        self.qkv = nn.Linear(config.transformer_dim, self.num_projections * inner)
         self.out = nn.Linear(inner, config.transformer_dim)
 
     def forward(self, x_BSD, lengths_B, mask_nn, want_map):
         config = self.config
         B, S, _ = x_BSD.shape
-        qkv = self.qkv(x_BSD).float().view(B, S, 3, config.num_head, config.head_dim)
-        q_BHSd, k_BHSd, v_BHSd = qkv.permute(2, 0, 3, 1, 4)
+        heads = (B, S, self.num_projections, config.num_head, config.head_dim)
+        qkv = self.qkv(x_BSD).float().view(heads).permute(2, 0, 3, 1, 4)
+        q_BHSd, k_BHSd, v_BHSd = qkv if len(qkv) == 3 else (qkv[0], qkv[0], qkv[1])
         dropout = config.attention_dropout if self.training else 0.0
         attention_map = None
-        if mask_nn is None:
+        if self.efficient is not None:
+            with torch.autocast(x_BSD.device.type, enabled=False):
+                o_BHSd = self.efficient(q_BHSd, k_BHSd, v_BHSd, lengths_B)
+        elif mask_nn is None:
             result = dense_attention(
                 q_BHSd,
                 k_BHSd,

@@ -62,9 +62,12 @@ def make_optimiser(model: nn.Module, config: RunConfig, phase: str) -> torch.opt
 def set_schedule(
     optimiser: torch.optim.Optimizer, config: RunConfig, phase: str, step: int
 ) -> float:
-    """Set learning rate and beta1 for the coming step; returns the learning rate."""
+    """Set learning rate and beta1 for the coming step; returns the learning rate.
+
+    A run that is sparse from its first step has one optimiser, and the schedule of the dense phase.
+    """
     training = config.training
-    if phase == "dense":
+    if phase == "dense" or config.transition.rule == "start":
         rate, first = learning_rate(training, step), beta1(training, step)
     elif config.transition.learning_rate == "constant":
         rate, first = training.learning_rate / 2, BETA1

@@ -34,14 +34,8 @@ from sat.config import ConfigError, RunConfig, digest
 from sat.evaluation import baseline, batch_size, chance, evaluate
 from sat.model import Classifier, loss_and_hits, num_parameters
 from sat.optimiser import make_optimiser, set_schedule
-from sat.transition import (
-    MapStatistics,
-    describe,
-    pattern_loss,
-    pool,
-    select_blocks,
-    transition_reason,
-)
+from sat.pattern import describe, floodfill_score, pool, select_blocks, static_score
+from sat.transition import MapStatistics, pattern_loss, transition_reason
 
 GRADIENT_LIMIT = 1.0
 
@@ -113,13 +107,17 @@ class Training:
         learned = config.pattern.source == "parameter"
         self.model = Classifier(config.model, num_inputs, config.transition.padded_queries, learned)
         self.model.to(accelerator.device)
-        self.optimiser = make_optimiser(self.model, config, "dense")
         self.phase = "dense"
         self.masks: list[torch.Tensor] | None = None
-        self.map_statistics = MapStatistics()
+        self.pattern_report: dict | None = None  # what metrics.json says of the masks
+        self.map_statistics = MapStatistics(config.transition.ema)
         self.pooled_sum: list[torch.Tensor] | None = None
         self.num_pooled = 0
         self.transition = {"step": None, "reason": None}
+        if config.transition.rule == "start":
+            self._choose_blocks()
+            self.phase, self.transition = "sparse", {"step": 0, "reason": "start"}
+        self.optimiser = make_optimiser(self.model, config, self.phase)
         self.best: dict | None = None
         self.best_weights: dict[str, torch.Tensor] = {}
         self.evaluations_since_best = 0
@@ -179,6 +177,8 @@ class Training:
 
     def _pattern_step(self, maps: list[list[torch.Tensor]]) -> None:
         """Gradient of the pattern loss in P (the maps are constants), and the running sum of the pooled maps."""
+        if self.config.pattern.source not in ("parameter", "pooled"):
+            return
         block = self.config.model.block_size
         pooled = [[pool(a, block) for a in tower] for tower in maps]
         if self.model.pattern:
@@ -212,17 +212,36 @@ class Training:
     def go_sparse(self) -> None:
         """Choose the blocks, start a new optimiser, forget the best weights of the dense phase."""
         config = self.config
-        if config.pattern.source == "parameter":
-            scores = [(P @ P.T).detach() for P in self.model.pattern]
-        else:
-            scores = [total / self.num_pooled for total in self.pooled_sum]
-        self.masks = [
-            select_blocks(s, config.model.density, config.pattern.min_per_row) for s in scores
-        ]
+        self._choose_blocks()
         self.phase = "sparse"
         self.optimiser = make_optimiser(self.model, config, "sparse")
-        self.map_statistics, self.pooled_sum = MapStatistics(), None
+        self.map_statistics, self.pooled_sum = MapStatistics(config.transition.ema), None
         self.best, self.best_weights, self.evaluations_since_best = None, {}, 0
+
+    def _choose_blocks(self) -> None:
+        """The block masks of the layers by pattern.source, and what metrics.json says of them."""
+        config, model = self.config, self.config.model
+        maps = self.map_statistics.maps  # of the last dense step, None without one
+        if config.pattern.source == "parameter":
+            scores = [(P @ P.T).detach() for P in self.model.pattern]
+        elif config.pattern.source == "pooled":
+            scores = [total / self.num_pooled for total in self.pooled_sum]
+        elif config.pattern.source == "floodfill":
+            scores = [floodfill_score(a, model.block_size) for a in maps]
+        else:
+            scores = [
+                static_score(
+                    config.pattern.source, model.num_blocks, model.density, config.seed, layer
+                )
+                for layer in range(model.num_layers)
+            ]
+        self.masks = [
+            select_blocks(score, model.density, config.pattern.min_per_row).to(
+                self.accelerator.device
+            )
+            for score in scores
+        ]
+        self.pattern_report = describe(self.masks, model.block_size, maps)
 
     def evaluate(self, split: data.Split, step: int) -> dict:
         """Score dev after `step` steps and keep the weights when they are the best of this phase."""
@@ -290,7 +309,7 @@ def train(
 
     accelerator = runtime.make_accelerator(device, threads)
     training = Training(config, manifest["num_inputs"], accelerator)
-    phases = {"dense": Phase(accelerator.device)}
+    phases = {training.phase: Phase(accelerator.device)}
     started = time.perf_counter()
     history_path = output_dir / "history.jsonl.partial"
     with (
@@ -339,7 +358,6 @@ def train(
 
     training.model.load_state_dict(training.best_weights)
     test = evaluate(training.model, splits["test"], config, accelerator.device, training.masks)
-    masks = training.masks
     metrics = {
         "schema_version": 1,
         "run": config.run,
@@ -350,8 +368,9 @@ def train(
         "num_inputs": manifest["num_inputs"],
         "test": test | {"chance": chance(manifest), "baseline": baseline(config.task, splits)},
         "dev": training.best,
+        "transition_rule": config.transition.rule,
         "transition": training.transition,
-        "pattern": None if masks is None else describe(masks, config.model.block_size),
+        "pattern": training.pattern_report,
         "num_parameters": num_parameters(training.model),
         "num_steps": step,
         "phases": {
@@ -359,9 +378,9 @@ def train(
         },
         "training_seconds": seconds,
         "device": runtime.describe_device(accelerator.device),
-        "backend": "reference"
-        if config.model.attention_dropout  # which the kernels do not have
-        else attention.selected_backend(accelerator.device.type),
+        "backend": attention.selected_backend(accelerator.device.type)
+        if config.model.attention == "softmax"
+        else config.model.attention,
         "versions": runtime.versions(),
         "git_commit": runtime.git_commit(),
         "config_sha256": digest(settings),
@@ -370,7 +389,8 @@ def train(
         "options": option_labels(config, manifest),
     }
     patterns = {
-        f"layer_{i}": mask.to(torch.uint8).cpu().contiguous() for i, mask in enumerate(masks or [])
+        f"layer_{i}": mask.to(torch.uint8).cpu().contiguous()
+        for i, mask in enumerate(training.masks or [])
     }
     _write(output_dir / "config.json", lambda path: path.write_text(_json(settings)))
     _write(

@@ -1,4 +1,4 @@
-"""When a SAT run goes sparse, and which blocks it keeps.
+"""When a run goes sparse (sat/pattern.py: which blocks it keeps), and the loss that the pattern learns from.
 
 Formulas from B. Yoon et al., IEEE Access 12 (2024), and the authors' code. For every dense step and layer, with a the
 mean attention map [S, S] over batch and heads:
@@ -6,6 +6,9 @@ mean attention map [S, S] over batch and heads:
     skewness   mean(((a - mean) / std)^3), population, over all S^2 entries
     distance   d_t = ||a_t - a_(t-1)||_F
     change     r_t = 100 |d_t - d_(t-1)| / d_(t-1), in percent
+
+With transition.ema = e > 0, skewness and distance are running averages, e times the average so far + (1 - e) times the
+value of the step, and the change is that of the averaged distance: one step's noise then does not make the switch.
 """
 
 from __future__ import annotations
@@ -52,10 +55,16 @@ class StepStatistics:
 
 
 class MapStatistics:
-    """Follows the mean attention maps of the layers from step to step."""
+    """Follows the mean attention maps of the layers from step to step.
 
-    def __init__(self) -> None:
+    ema in [0, 1): weight of the average so far; 0 takes each step as it is. `maps`, `skewness` and `distance` are all
+    of its state.
+    """
+
+    def __init__(self, ema: float = 0.0) -> None:
+        self.ema = ema
         self.maps: list[torch.Tensor] | None = None
+        self.skewness: list[float] | None = None
         self.distance: list[float] | None = None
 
     def update(self, maps: list[torch.Tensor], size: int | None = None) -> StepStatistics:
@@ -65,15 +74,28 @@ class MapStatistics:
         # One transfer for all layers: a GPU waits once a step.
         skewness, distance = torch.stack([torch.stack(pair) for pair in values], dim=1).tolist()
         first = self.maps is None
-        change = None
-        if self.distance is not None:
-            change = [
-                100 * abs(d - before) / before if before else math.nan
-                for d, before in zip(distance, self.distance, strict=True)
-            ]
         self.maps = maps
-        self.distance = None if first else distance
-        return StepStatistics(skewness, self.distance, change)
+        self.skewness = self._averaged(self.skewness, skewness)
+        before, self.distance = (
+            self.distance,
+            None if first else self._averaged(self.distance, distance),
+        )
+        change = None
+        if before is not None:
+            change = [
+                100 * abs(d - b) / b if b else math.nan
+                for d, b in zip(self.distance, before, strict=True)
+            ]
+        return StepStatistics(self.skewness, self.distance, change)
+
+    def _averaged(self, average: list[float] | None, new: list[float]) -> list[float]:
+        if average is None:
+            return new
+        # A value that is not a number shows in its step and is left behind: NaN + anything would stay NaN.
+        return [
+            n if math.isnan(a) else self.ema * a + (1 - self.ema) * n
+            for a, n in zip(average, new, strict=True)
+        ]
 
 
 def wants_sparse(rule: str, statistics: StepStatistics, skewness: float, distance: float) -> bool:
@@ -81,7 +103,7 @@ def wants_sparse(rule: str, statistics: StepStatistics, skewness: float, distanc
 
     settled: skewness at or above its threshold and change below `distance`; documented: skewness and change above.
     """
-    if statistics.change is None or rule == "never":
+    if statistics.change is None or rule in ("never", "start"):
         return False
     pairs = list(zip(statistics.skewness, statistics.change, strict=True))
     if rule == "settled":
@@ -91,7 +113,7 @@ def wants_sparse(rule: str, statistics: StepStatistics, skewness: float, distanc
 
 def transition_reason(config: RunConfig, step: int, statistics: StepStatistics) -> str | None:
     """Why the run goes sparse after dense step `step` (from 1): 'rule', 'limit' or None for not yet."""
-    if config.transition.rule == "never":
+    if config.transition.rule in ("never", "start"):
         return None
     training = config.training
     if training.num_dense_train_steps is not None and step >= training.num_dense_train_steps:
@@ -102,12 +124,6 @@ def transition_reason(config: RunConfig, step: int, statistics: StepStatistics) 
     return "rule" if met else None
 
 
-def pool(a_SS: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Mean of every block_size x block_size tile: [S, S] -> [n, n]."""
-    n = len(a_SS) // block_size
-    return a_SS.view(n, block_size, n, block_size).mean(dim=(1, 3))
-
-
 def pattern_loss(P_nd: torch.Tensor, pooled_nn: torch.Tensor) -> torch.Tensor:
     """mean((P P^T - T)^2) with T the pooled mean map.
 
@@ -115,32 +131,3 @@ def pattern_loss(P_nd: torch.Tensor, pooled_nn: torch.Tensor) -> torch.Tensor:
     the two differ by the variance of the pooled maps, which P is not part of; this one needs no map of each head.
     """
     return (P_nd @ P_nd.T - pooled_nn).square().mean()
-
-
-def select_blocks(score_nn: torch.Tensor, density: float, min_per_row: int = 0) -> torch.Tensor:
-    """Bool mask [n, n] of the floor(n^2 * density) blocks of highest score, ties to the lower index.
-
-    With `min_per_row`, every block row first gets that many of its best blocks, and the rest go by score.
-    """
-    n = len(score_nn)
-    count = max(1, int(n * n * density + 1e-9))
-    score_nn = score_nn.double().clone()
-    if min_per_row:
-        best = score_nn.argsort(dim=1, descending=True, stable=True)[:, :min_per_row]
-        score_nn.scatter_(1, best, math.inf)
-        count = max(count, n * min_per_row)
-    chosen = score_nn.flatten().argsort(descending=True, stable=True)[:count]
-    mask_nn = torch.zeros(n * n, dtype=torch.bool, device=score_nn.device)
-    mask_nn[chosen] = True
-    return mask_nn.view(n, n)
-
-
-def describe(masks: list[torch.Tensor], block_size: int) -> dict:
-    """What metrics.json says of a pattern: blocks, density and empty block rows of every layer."""
-    return {
-        "block_size": block_size,
-        "num_blocks": len(masks[0]),
-        "selected": [int(mask.sum()) for mask in masks],
-        "density": [float(mask.double().mean()) for mask in masks],
-        "empty_rows": [int((~mask.any(dim=1)).sum()) for mask in masks],
-    }

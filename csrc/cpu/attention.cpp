@@ -9,9 +9,9 @@
 // transposed, S'[key][query], so that the queries lie in the lanes: k, v, q and dO are then read in
 // place, only q and dO of a strip are packed, and the sum over a row is a vertical operation.
 //
-//   forward    P' = exp2(S' - shift),  sum += P',  O' += V' (M P'),  o = O' / (sum + c exp2(-shift))
+//   forward    P' = exp2(S' - shift),  sum += P',  O += (M P) V,  o = O / (sum + c exp2(-shift))
 //   backward   P' = exp2(S' - L),  dS' = P' (M V dO' - delta),  L = log2(exp2(lse) + c)
-//              dV += M P' dO,  dK += dS' q,  dQ' += K' dS',  delta_i = <dO_i, o_i>
+//              dV += M P' dO,  dK += dS' q,  dQ += dS K,  delta_i = <dO_i, o_i>
 //
 // with M the factors of dropout, drawn anew in the backward.
 // All five products are one register tile, `product`. The scale and log2(e) are folded into the
@@ -22,7 +22,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -109,9 +109,11 @@ using Known = std::integral_constant<int64_t, N>;
 template <class Body>
 SAT_INLINE void with_known_sizes(int64_t strip, int64_t keys, int64_t width, Body body) {
   if constexpr (kLanes > 4) {  // not for the baseline, which has no speed to lose
-    const bool full = strip == kStrip && keys == kStrip;
+    const bool full = strip == kStrip && keys == kStrip, half = strip == 16 && keys == 16;
     if (full && width == 32) return body(Known<kStrip>(), Known<kStrip>(), Known<32>());
     if (full && width == 64) return body(Known<kStrip>(), Known<kStrip>(), Known<64>());
+    if (half && width == 32) return body(Known<16>(), Known<16>(), Known<32>());
+    if (half && width == 64) return body(Known<16>(), Known<16>(), Known<64>());
   }
   body(strip, keys, width);
 }
@@ -181,14 +183,23 @@ SAT_INLINE void product(Count count, Width width, const float *a, int64_t a_row,
   });
 }
 
-// out[i][c] += sum_t a[i * a_row + t * a_step] * x[t][c]
+// out[i][c] += sum_t a[i * a_row + t * a_step] * x[t][c]; fresh: = instead of +=, which saves filling
+// it with zeros.
 template <class Count, class Width>
-SAT_INLINE void add_product(Count count, Width width, const float *a, int64_t a_row,
+SAT_INLINE void add_product(bool fresh, Count count, Width width, const float *a, int64_t a_row,
                             int64_t a_step, const float *x, int64_t x_step, int64_t n, float *out,
                             int64_t out_row) {
   product(count, width, a, a_row, a_step, x, x_step, n,
           [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
             float *p = out + i * out_row + c;
+            if (fresh) {
+#pragma GCC unroll 6
+              for (Vec sum : column) {
+                store(p, sum);
+                p += out_row;
+              }
+              return;
+            }
 #pragma GCC unroll 6
             for (Vec sum : column) {
               store(p, load(p) + sum);
@@ -198,10 +209,26 @@ SAT_INLINE void add_product(Count count, Width width, const float *a, int64_t a_
 }
 
 // The same where no size is known: one copy, so that the library stays small.
-SAT_ALONE void add_product(int64_t count, int64_t width, const float *a,
-                                           int64_t a_row, int64_t a_step, const float *x,
-                                           int64_t x_step, int64_t n, float *out, int64_t out_row) {
-  add_product<int64_t, int64_t>(count, width, a, a_row, a_step, x, x_step, n, out, out_row);
+SAT_ALONE void add_product(bool fresh, int64_t count, int64_t width, const float *a, int64_t a_row,
+                           int64_t a_step, const float *x, int64_t x_step, int64_t n, float *out,
+                           int64_t out_row) {
+  add_product<int64_t, int64_t>(fresh, count, width, a, a_row, a_step, x, x_step, n, out, out_row);
+}
+
+// Asks for rows that will be needed soon, as many as a tile has. Within `done` of a product, at(turn)
+// is true once for every group of rows: spread over the tiles of a chunk, the loads of the next
+// one wait for no miss.
+template <int Write, class Column>
+SAT_INLINE void prefetch(const Column &, const float *rows, int64_t row_stride, int64_t width) {
+#pragma GCC unroll 6
+  for (size_t r = 0; r < std::extent_v<Column>; ++r)
+    for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(rows + r * row_stride + d, Write);
+}
+
+// Whether column c of a tile is the one at which a strip prefetches something, by a number for it.
+template <class Strip>
+SAT_INLINE bool turn(Strip strip, int64_t c, int64_t number) {
+  return c == number * kLanes % strip;
 }
 
 float *at(const sat_tensor &t, int64_t batch, int64_t head, int64_t row) {
@@ -264,14 +291,25 @@ void unpack(const float *from, int64_t strip, int64_t rows, int64_t width, const
   }
 }
 
-void clear_rows(const sat_tensor &t, int64_t batch, int64_t head, int64_t begin, int64_t end,
-                int64_t width) {
-  if (begin >= end) return;
-  if (t.row_stride == width) {  // one call: most of a sparse backward's calls would be these
-    std::memset(at(t, batch, head, begin), 0, (end - begin) * width * sizeof(float));
+// Fills a number of floats that is a multiple of 4 with zeros. With `past_cache` nothing is read
+// for it and the zeros do not displace what the caches hold.
+void clear(float *p, int64_t count, [[maybe_unused]] bool past_cache) {
+#if defined(__SSE2__)
+  if (past_cache && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
+    for (int64_t i = 0; i < count; i += 4) _mm_stream_ps(p + i, _mm_setzero_ps());
     return;
   }
-  for (int64_t i = begin; i < end; ++i) std::memset(at(t, batch, head, i), 0, width * sizeof(float));
+#endif
+  std::memset(p, 0, count * sizeof(float));
+}
+
+// A chunk of keys that a strip of queries attends to.
+struct Place {
+  int64_t batch, head, index, key;  // strip index * strip ..., keys from `key` on
+};
+
+const float *at(const sat_tensor &t, const Place &place, int64_t row) {
+  return at(t, place.batch, place.head, row);
 }
 
 // Sizes of a call, worked out once.
@@ -281,6 +319,7 @@ struct Plan {
   int64_t num_strips, pairs;
   uint32_t threshold;  // t of sat_kernels.h; 0: no dropout
   float kept;          // the factor of a weight that is not dropped
+  bool large;          // whether the tensors are larger than the cache of a core
 
   explicit Plan(const Call &c) : call(c) {
     const int64_t block = c.blocks ? c.blocks->block_size : kStrip;
@@ -288,8 +327,19 @@ struct Plan {
     parts = block / strip;
     num_strips = (c.problem.length + strip - 1) / strip;
     pairs = c.problem.batch * c.problem.heads;
+    large = pairs * c.problem.length * c.problem.width >= 1 << 18;
     threshold = static_cast<uint32_t>(c.problem.dropout_p * 0x1p24 + 0.5);
     kept = threshold < 1 << 24 ? static_cast<float>(0x1p24 / (0x1p24 - threshold)) : 0.0f;
+  }
+
+  // Sets rows of an output to 0.
+  void clear_rows(const sat_tensor &t, int64_t batch, int64_t head, int64_t begin,
+                  int64_t end) const {
+    if (begin >= end) return;
+    const int64_t rows = end - begin, width = call.problem.width;
+    float *p = at(t, batch, head, begin);
+    if (t.row_stride == width) return clear(p, rows * width, large);
+    for (int64_t i = 0; i < rows; ++i) clear(p + i * t.row_stride, width, large);
   }
 
   int64_t real(const int32_t *lengths, int64_t batch) const {
@@ -300,19 +350,49 @@ struct Plan {
   int64_t real_keys(int64_t batch) const { return real(call.problem.key_lengths, batch); }
   int64_t real_queries(int64_t batch) const { return real(call.problem.query_lengths, batch); }
 
-  // body(first, count) for the chunks of real keys that a strip attends to. One call of body, which
-  // is large and inlined.
-  template <class Body>
-  SAT_INLINE void for_each_chunk(int64_t index, int64_t keys, Body body) const {
+  // The chunks that a strip attends to, padded ones included, and the first key of one of them.
+  int64_t num_chunks(int64_t index, int64_t keys) const {
     const sat_blocks *b = call.blocks;
-    const int64_t row = index / parts, part_bits = parts - 1;  // 1 or 2 parts
-    const int32_t *columns = b ? b->col_idx + b->row_ptr[row] : nullptr;
-    const int64_t count =
-        b ? (b->row_ptr[row + 1] - b->row_ptr[row]) * parts : (keys + strip - 1) / strip;
+    if (!b) return (keys + strip - 1) / strip;
+    const int64_t row = index / parts;
+    return (b->row_ptr[row + 1] - b->row_ptr[row]) * parts;
+  }
+  int64_t first_key(int64_t index, int64_t e) const {
+    const sat_blocks *b = call.blocks;
+    if (!b) return e * strip;
+    const int64_t part_bits = parts - 1;  // 1 or 2 parts
+    const int32_t *columns = b->col_idx + b->row_ptr[index / parts];
+    return (columns[e >> part_bits] * parts + (e & part_bits)) * strip;
+  }
+
+  // The chunk that will be computed after chunk e of a strip, most likely: of the same strip, of
+  // the next one that has any, or of the next (batch, head).
+  Place after(Place place, int64_t e, int64_t count) const {
+    if (e + 1 < count) {
+      place.key = first_key(place.index, e + 1);
+      return place;
+    }
+    Place next = place;
+    do {
+      if (++next.index < num_strips) continue;
+      next.index = 0;
+      if (++next.head < call.problem.heads) continue;
+      next.head = 0;
+      if (++next.batch == call.problem.batch) return place;
+    } while (empty(next.index, real_keys(next.batch)));
+    next.key = first_key(next.index, 0);
+    return next;
+  }
+
+  // body(place, count, fresh, next) for the chunks of real keys that a strip attends to; fresh: the
+  // first one. One call of body, which is large and inlined.
+  template <class Body>
+  SAT_INLINE void for_each_chunk(int64_t batch, int64_t head, int64_t index, Body body) const {
+    const int64_t keys = real_keys(batch), count = num_chunks(index, keys);
     for (int64_t e = 0; e < count; ++e) {
-      const int64_t chunk = b ? columns[e >> part_bits] * parts + (e & part_bits) : e;
-      const int64_t j = chunk * strip;
-      if (j < keys) body(j, least(strip, keys - j));
+      const Place place = {batch, head, index, first_key(index, e)};
+      if (place.key < keys)
+        body(place, least(strip, keys - place.key), e == 0, after(place, e, count));
     }
   }
 
@@ -327,6 +407,14 @@ struct Plan {
     const int64_t column = chunk / parts;
     for (int32_t e = b.col_ptr[column]; e < b.col_ptr[column + 1]; ++e)
       for (int64_t part = 0; part < parts; ++part) body(b.row_idx[e] * parts + part);
+  }
+
+  // The first of them, -1 if there is none.
+  int64_t first_strip(int64_t chunk) const {
+    if (!call.blocks) return 0;
+    const sat_blocks &b = *call.blocks;
+    const int64_t column = chunk / parts;
+    return b.col_ptr[column] < b.col_ptr[column + 1] ? b.row_idx[b.col_ptr[column]] * parts : -1;
   }
 
   // True if no real key is selected: the output is 0 and the log-sum-exp -inf.
@@ -352,14 +440,19 @@ template <class Body>
 int parallel(int64_t tasks, int num_threads, int64_t scratch_floats, Body body) {
   if (tasks <= 0) return SAT_OK;
   if (num_threads > tasks) num_threads = static_cast<int>(tasks);
+  // Neighbouring tasks to one thread, which fetches ahead for the next one.
+  [[maybe_unused]] const int64_t grain = num_threads == 1 ? tasks : 1 + tasks / (32 * num_threads);
   int failed = 0;
   SAT_OMP("omp parallel num_threads(num_threads) reduction(| : failed)") {
     const size_t bytes = (scratch_floats * sizeof(float) + 63) / 64 * 64;
     float *scratch = static_cast<float *>(std::aligned_alloc(64, bytes));
     failed = scratch == nullptr;
-    SAT_OMP("omp for schedule(dynamic)")
+    SAT_OMP("omp for schedule(dynamic, grain)")
     for (int64_t task = 0; task < tasks; ++task)
       if (scratch) body(task, scratch);
+#if defined(__SSE2__)
+    _mm_sfence();  // what `clear` wrote past the cache, before other threads read it
+#endif
     std::free(scratch);
   }
   return failed ? SAT_NO_MEMORY : SAT_OK;
@@ -424,12 +517,25 @@ struct ForwardScratch {
 
 // Adds a chunk to the unnormalised output and row sums of a strip: weights exp2(score - shift).
 template <bool kShifted, class Strip, class Keys, class Width>
-SAT_ALONE void weigh_chunk(const Plan &plan, int64_t batch, int64_t head, int64_t j,
-                            Strip strip, Keys keys, Width width, float *weights, ForwardScratch &s) {
+SAT_ALONE void weigh_chunk(const Plan &plan, const Place &place, Strip strip, Keys keys, Width width,
+                           bool fresh, const Place &next, float *weights, ForwardScratch &s) {
   const Call &call = plan.call;
-  product(keys, strip, at(call.k, batch, head, j), call.k.row_stride, 1, s.q, strip, width,
+  const float *next_k = at(call.k, next, next.key), *next_v = at(call.v, next, next.key);
+  const float *next_q = at(call.q, next, next.index * strip);
+  const float *o = at(call.o, place, place.index * strip);
+  const int64_t q_row = call.q.row_stride, k_row = call.k.row_stride, v_row = call.v.row_stride;
+  const int64_t o_row = call.o.row_stride;
+  // The next chunk of a row of chunks is what the processor fetches ahead by itself.
+  const bool new_strip = next.index != place.index;
+  const bool jump = new_strip || next.key != place.key + strip;
+  product(keys, strip, at(call.k, place, place.key), k_row, 1, s.q, strip, width,
           [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
-            Vec sum = load(s.sum + c);
+            if (turn(strip, c, 0) && jump) prefetch<0>(column, next_k + i * k_row, k_row, width);
+            if (turn(strip, c, 1) && jump) prefetch<0>(column, next_v + i * v_row, v_row, width);
+            if (turn(strip, c, 2) && new_strip)
+              prefetch<0>(column, next_q + i * q_row, q_row, width);
+            if (turn(strip, c, 3) && fresh) prefetch<1>(column, o + i * o_row, o_row, width);
+            Vec sum = fresh && i == 0 ? Vec{} : load(s.sum + c);
             float *to = weights + i * strip + c;
 #pragma GCC unroll 6
             for (Vec score : column) {
@@ -441,12 +547,12 @@ SAT_ALONE void weigh_chunk(const Plan &plan, int64_t batch, int64_t head, int64_
             store(s.sum + c, sum);
           });
   if (plan.threshold) {
-    s.dropout.draw(plan, j, keys);
+    s.dropout.draw(plan, place.key, keys);
     for (int64_t e = 0; e < keys * strip; ++e) s.dropout.factors[e] *= weights[e];
     weights = s.dropout.factors;
   }
-  add_product(width, strip, at(call.v, batch, head, j), 1, call.v.row_stride, weights,
-              strip, keys, s.o, strip);
+  add_product(fresh, strip, width, weights, 1, strip, at(call.v, place, place.key), v_row, keys,
+              s.o, width);
 }
 
 // Unnormalised output and row sums of a strip. kShifted: s.shift is what is taken from the scores,
@@ -455,39 +561,46 @@ template <bool kShifted>
 void weigh(const Plan &plan, int64_t batch, int64_t head, int64_t index, bool keep,
            ForwardScratch &s) {
   const int64_t width = plan.call.problem.width, strip = plan.strip;
-  std::memset(s.sum, 0, strip * sizeof(float));
-  std::memset(s.o, 0, width * strip * sizeof(float));
-  plan.for_each_chunk(index, plan.real_keys(batch), [&](int64_t j, int64_t n) SAT_LAMBDA {
-    float *weights = s.weights + (keep ? j * strip : 0);
-    const auto weigh = [&](auto strip, auto keys, auto width) SAT_LAMBDA {
-      weigh_chunk<kShifted>(plan, batch, head, j, strip, keys, width, weights, s);
-    };
-    if constexpr (kShifted)  // the exception
-      weigh(strip, n, width);
-    else
-      with_known_sizes(strip, n, width, weigh);
-  });
+  plan.for_each_chunk(
+      batch, head, index,
+      [&](const Place &place, int64_t n, bool fresh, const Place &next) SAT_LAMBDA {
+        float *weights = s.weights + (keep ? place.key * strip : 0);
+        const auto weigh = [&](auto strip, auto keys, auto width) SAT_LAMBDA {
+          weigh_chunk<kShifted>(plan, place, strip, keys, width, fresh, next, weights, s);
+        };
+        if constexpr (kShifted)  // the exception
+          weigh(strip, n, width);
+        else
+          with_known_sizes(strip, n, width, weigh);
+      });
 }
 
 // shift[r] = the largest score of row r (in units of log 2).
 void find_shift(const Plan &plan, int64_t batch, int64_t head, int64_t index, ForwardScratch &s) {
   const Call &call = plan.call;
   for (int64_t r = 0; r < plan.strip; ++r) s.shift[r] = -__builtin_inff();
-  plan.for_each_chunk(index, plan.real_keys(batch), [&](int64_t j, int64_t n) SAT_LAMBDA {
-    product(n, plan.strip, at(call.k, batch, head, j), call.k.row_stride, 1, s.q, plan.strip,
-            call.problem.width, [&](int64_t, int64_t c, auto &column) SAT_LAMBDA {
-              Vec highest = load(s.shift + c);
-              for (Vec score : column) highest = max(score, highest);
-              store(s.shift + c, highest);
-            });
-  });
+  plan.for_each_chunk(
+      batch, head, index, [&](const Place &place, int64_t n, bool, const Place &) SAT_LAMBDA {
+        product(n, plan.strip, at(call.k, place, place.key), call.k.row_stride, 1, s.q, plan.strip,
+                call.problem.width, [&](int64_t, int64_t c, auto &column) SAT_LAMBDA {
+                  Vec highest = load(s.shift + c);
+                  for (Vec score : column) highest = max(score, highest);
+                  store(s.shift + c, highest);
+                });
+      });
 }
 
 // False asks for the shift: a sum far from 1 has lost digits of a small row or overflowed.
-bool in_range(const float *sum, int64_t rows) {
-  bool good = true;
-  for (int64_t r = 0; r < rows; ++r) good &= sum[r] > 0x1p-40f && sum[r] < 0x1p40f;
-  return good;
+// (A padded query has scores of 0, so its sum is the number of keys.)
+bool in_range(const float *sums, int64_t strip) {
+  IntVec good = ~IntVec{};
+  for (int64_t c = 0; c < strip; c += kLanes) {
+    const Vec sum = load(sums + c);
+    good &= (sum > 0x1p-40f) & (sum < 0x1p40f);
+  }
+  int32_t all = -1;
+  for (int i = 0; i < kLanes; ++i) all &= good[i];
+  return all;
 }
 
 // One strip of one (batch, head). Returns false if it has nothing to attend to; otherwise factor[r]
@@ -503,7 +616,7 @@ bool forward_strip(const Plan &plan, int64_t batch, int64_t head, int64_t index,
 
   int64_t rows = least(plan.real_queries(batch), end) - first;
   if (rows < 0 || plan.empty(index, plan.real_keys(batch))) rows = 0;
-  clear_rows(call.o, batch, head, first + rows, end, width);
+  plan.clear_rows(call.o, batch, head, first + rows, end);
   for (int64_t i = first + rows; i < end; ++i) {
     lse[i] = -__builtin_inff();
     lse_rest[i] = 0;
@@ -515,7 +628,7 @@ bool forward_strip(const Plan &plan, int64_t batch, int64_t head, int64_t index,
   if (plan.threshold) s.dropout.seed(plan, batch, head, index);
   std::memset(s.shift, 0, strip * sizeof(float));
   weigh<false>(plan, batch, head, index, keep, s);
-  if (!in_range(s.sum, rows)) {
+  if (!in_range(s.sum, strip)) {
     find_shift(plan, batch, head, index, s);
     weigh<true>(plan, batch, head, index, keep, s);
   }
@@ -532,7 +645,12 @@ bool forward_strip(const Plan &plan, int64_t batch, int64_t head, int64_t index,
     lse[first + r] = static_cast<float>(exact);
     lse_rest[first + r] = static_cast<float>(exact - lse[first + r]);
   }
-  unpack(s.o, strip, rows, width, s.factor, at(call.o, batch, head, first), call.o.row_stride);
+  float *to = at(call.o, batch, head, first);
+  const float *from = s.o, *factors = s.factor;
+  for (int64_t r = 0; r < rows; ++r, to += call.o.row_stride, from += width) {
+    const Vec factor = splat(factors[r]);
+    for (int64_t d = 0; d < width; d += kLanes) store(to + d, load(from + d) * factor);
+  }
   return true;
 }
 
@@ -650,18 +768,36 @@ int64_t prepare(const Plan &plan, int64_t batch, int64_t head, int64_t index, Ba
   return rows;
 }
 
-// The part of a strip and the keys from key j on in dQ (query_side) and in dK and dV (key_side).
+// What a strip and a chunk give to dQ (query_side) and to dK and dV (key_side). fresh_q, fresh_k: the
+// first to give something to these rows.
+struct Sides {
+  bool query_side, fresh_q, key_side, fresh_k;
+  float *dq;
+  int64_t dq_row;
+};
+
 template <class Strip, class Keys, class Width>
-SAT_ALONE void backward_tile_of(const Plan &plan, int64_t batch, int64_t head, int64_t index,
-                              int64_t j, Strip strip, Keys keys, Width width, int64_t rows,
-                              bool query_side, bool key_side, BackwardScratch &s) {
+SAT_ALONE void backward_tile_of(const Plan &plan, const Place &place, Strip strip, Keys keys,
+                                Width width, int64_t rows, const Place &next, const Sides &sides,
+                                BackwardScratch &s) {
   const Call &call = plan.call;
-  const int64_t first = index * strip;
-  const float *k = at(call.k, batch, head, j);
-  const bool dropout = plan.threshold > 0;
+  const int64_t first = place.index * strip, j = place.key, next_first = next.index * strip;
+  const float *k = at(call.k, place, j);
+  const bool dropout = plan.threshold > 0, new_strip = next.index != place.index;
+  const bool jump = new_strip || next.key != j + strip;
   if (dropout) s.dropout.draw(plan, j, keys);
+  const auto ahead = [&](auto &column, const sat_tensor &t, int64_t row) SAT_LAMBDA {
+    prefetch<0>(column, at(t, next, row), t.row_stride, width);
+  };
+  const auto touch = [&](auto &column, const sat_tensor &t, int64_t row) SAT_LAMBDA {
+    prefetch<1>(column, at(t, next, row), t.row_stride, width);
+  };
   product(keys, strip, k, call.k.row_stride, 1, s.q, strip, width,
           [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
+            if (turn(strip, c, 0) && jump) ahead(column, call.k, next.key + i);
+            if (turn(strip, c, 1) && jump) ahead(column, call.v, next.key + i);
+            if (turn(strip, c, 2) && new_strip) ahead(column, call.q, next_first + i);
+            if (turn(strip, c, 3) && new_strip) ahead(column, call.d_o, next_first + i);
             const Vec norm = load(s.norm + c), rest = load(s.norm_rest + c);
             float *to = s.weights + i * strip + c;
 #pragma GCC unroll 6
@@ -670,8 +806,13 @@ SAT_ALONE void backward_tile_of(const Plan &plan, int64_t batch, int64_t head, i
               to += strip;
             }
           });
-  product(keys, strip, at(call.v, batch, head, j), call.v.row_stride, 1, s.d_o, strip,
-          width, [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
+  product(keys, strip, at(call.v, place, j), call.v.row_stride, 1, s.d_o, strip, width,
+          [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
+            if (turn(strip, c, 0) && new_strip) ahead(column, call.o, next_first + i);
+            if (turn(strip, c, 1) && sides.key_side && jump) touch(column, call.dk, next.key + i);
+            if (turn(strip, c, 2) && sides.key_side && jump) touch(column, call.dv, next.key + i);
+            if (turn(strip, c, 3) && sides.fresh_q)
+              prefetch<1>(column, sides.dq + i * sides.dq_row, sides.dq_row, width);
             const Vec delta = load(s.delta + c);
             float *p = s.weights + i * strip + c;
             float *to = s.d_scores + i * strip + c;
@@ -689,13 +830,13 @@ SAT_ALONE void backward_tile_of(const Plan &plan, int64_t batch, int64_t head, i
               to += strip;
             }
           });
-  if (query_side)
-    add_product(width, strip, k, 1, call.k.row_stride, s.d_scores, strip, keys, s.dq,
-                strip);
-  if (key_side) {
+  if (sides.query_side)
+    add_product(sides.fresh_q, strip, width, s.d_scores, 1, strip, k, call.k.row_stride, keys,
+                sides.dq, sides.dq_row);
+  if (sides.key_side) {
     const auto add = [&](const float *weights, const sat_tensor &x, const sat_tensor &to) SAT_LAMBDA {
-      add_product(keys, width, weights, strip, 1, at(x, batch, head, first), x.row_stride,
-                  rows, at(to, batch, head, j), to.row_stride);
+      add_product(sides.fresh_k, keys, width, weights, strip, 1, at(x, place, first), x.row_stride,
+                  rows, at(to, place.batch, place.head, j), to.row_stride);
     };
     add(s.weights, call.d_o, call.dv);
     add(s.d_scores, call.q, call.dk);
@@ -703,14 +844,26 @@ SAT_ALONE void backward_tile_of(const Plan &plan, int64_t batch, int64_t head, i
 }
 
 // Both ways of `backward` go through this one function, so that both give the same bits.
-SAT_ALONE void backward_tile(const Plan &plan, int64_t batch, int64_t head,
-                                             int64_t index, int64_t rows, int64_t j, int64_t n,
-                                             bool query_side, bool key_side, BackwardScratch &s) {
+SAT_ALONE void backward_tile(const Plan &plan, const Place &place, int64_t n, int64_t rows,
+                             const Place &next, const Sides &sides, BackwardScratch &s) {
   with_known_sizes(plan.strip, n, plan.call.problem.width,
                    [&](auto strip, auto keys, auto width) SAT_LAMBDA {
-                     backward_tile_of(plan, batch, head, index, j, strip, keys, width, rows,
-                                      query_side, key_side, s);
+                     backward_tile_of(plan, place, strip, keys, width, rows, next, sides, s);
                    });
+}
+
+// Clears the rows of dK and dV of a chunk to which no strip gives anything; returns how many of its
+// keys get something.
+int64_t clear_chunk(const Plan &plan, int64_t batch, int64_t head, int64_t chunk) {
+  const Call &call = plan.call;
+  const int64_t first = chunk * plan.strip;
+  const int64_t end = least(first + plan.strip, call.problem.length);
+  int64_t keys = least(plan.real_keys(batch), end) - first;
+  const int64_t index = plan.first_strip(chunk);
+  if (keys < 0 || index < 0 || index * plan.strip >= plan.real_queries(batch)) keys = 0;
+  plan.clear_rows(call.dk, batch, head, first + keys, end);
+  plan.clear_rows(call.dv, batch, head, first + keys, end);
+  return keys;
 }
 
 // dQ of a strip, and with key_side its part of dK and dV.
@@ -719,29 +872,36 @@ void backward_strip(const Plan &plan, int64_t batch, int64_t head, int64_t index
   const Call &call = plan.call;
   const int64_t width = call.problem.width, strip = plan.strip, first = index * strip;
   const int64_t rows = prepare(plan, batch, head, index, s);
-  clear_rows(call.dq, batch, head, first + rows, least(first + strip, call.problem.length), width);
+  plan.clear_rows(call.dq, batch, head, first + rows, least(first + strip, call.problem.length));
   if (rows == 0) return;
-  std::memset(s.dq, 0, width * strip * sizeof(float));
-  plan.for_each_chunk(index, plan.real_keys(batch), [&](int64_t j, int64_t n) {
-    backward_tile(plan, batch, head, index, rows, j, n, true, key_side, s);
-  });
-  for (int64_t r = 0; r < rows; ++r) s.norm[r] = 1;
-  unpack(s.dq, strip, rows, width, s.norm, at(call.dq, batch, head, first), call.dq.row_stride);
+  float *dq = at(call.dq, batch, head, first);
+  const bool in_place = rows == strip;
+  plan.for_each_chunk(
+      batch, head, index, [&](const Place &place, int64_t n, bool fresh, const Place &next) {
+        const Sides sides = {true,
+                             fresh,
+                             key_side,
+                             plan.first_strip(place.key / strip) == index,
+                             in_place ? dq : s.dq,
+                             in_place ? call.dq.row_stride : width};
+        backward_tile(plan, place, n, rows, next, sides, s);
+      });
+  if (in_place) return;
+  for (int64_t r = 0; r < rows; ++r)
+    std::memcpy(dq + r * call.dq.row_stride, s.dq + r * width, width * sizeof(float));
 }
 
 // dK and dV of a chunk.
 void backward_chunk(const Plan &plan, int64_t batch, int64_t head, int64_t chunk,
                     BackwardScratch &s) {
-  const Call &call = plan.call;
-  const int64_t first = chunk * plan.strip;
-  const int64_t end = least(first + plan.strip, call.problem.length);
-  clear_rows(call.dk, batch, head, first, end, call.problem.width);
-  clear_rows(call.dv, batch, head, first, end, call.problem.width);
-  const int64_t keys = least(plan.real_keys(batch), end) - first;
-  if (keys <= 0) return;
+  const int64_t keys = clear_chunk(plan, batch, head, chunk);
+  if (keys == 0) return;
   plan.for_each_strip(chunk, [&](int64_t index) {
     const int64_t rows = prepare(plan, batch, head, index, s);
-    if (rows > 0) backward_tile(plan, batch, head, index, rows, first, keys, false, true, s);
+    if (rows == 0) return;
+    const Place place = {batch, head, index, chunk * plan.strip};
+    const Sides sides = {false, false, true, plan.first_strip(chunk) == index, nullptr, 0};
+    backward_tile(plan, place, keys, rows, place, sides, s);
   });
 }
 
@@ -750,15 +910,15 @@ void backward_chunk(const Plan &plan, int64_t batch, int64_t head, int64_t chunk
 int backward(const Call &call) {
   const Plan plan(call);
   const int64_t width = call.problem.width, heads = call.problem.heads, strip = plan.strip;
-  const int64_t length = call.problem.length, floats = BackwardScratch::floats(width, strip);
+  const int64_t floats = BackwardScratch::floats(width, strip);
   if (plan.pairs >= call.num_threads)
     return parallel(plan.pairs, call.num_threads, floats, [&](int64_t pair, float *scratch) {
       BackwardScratch s(scratch, width, strip);
       const int64_t batch = pair / heads, head = pair % heads;
-      clear_rows(call.dk, batch, head, 0, length, width);
-      clear_rows(call.dv, batch, head, 0, length, width);
-      for (int64_t index = 0; index < plan.num_strips; ++index)
+      for (int64_t index = 0; index < plan.num_strips; ++index) {
+        clear_chunk(plan, batch, head, index);
         backward_strip(plan, batch, head, index, true, s);
+      }
     });
   const int64_t half = plan.pairs * plan.num_strips;
   return parallel(2 * half, call.num_threads, floats, [&](int64_t task, float *scratch) {

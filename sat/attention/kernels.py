@@ -10,7 +10,8 @@ import functools
 import hashlib
 import json
 import os
-from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
+import struct
+from ctypes import c_char_p, c_int, c_void_p
 from pathlib import Path
 
 import torch
@@ -32,47 +33,21 @@ class KernelLibraryError(Exception):
     """A kernel library that cannot be used; the text says why."""
 
 
-class _Tensor(Structure):
-    _fields_ = [
-        ("data", c_void_p),
-        ("batch_stride", c_int64),
-        ("head_stride", c_int64),
-        ("row_stride", c_int64),
-    ]
-
-
-class _Problem(Structure):
-    _fields_ = [
-        ("batch", c_int64),
-        ("heads", c_int64),
-        ("length", c_int64),
-        ("width", c_int64),
-        ("key_lengths", c_void_p),
-        ("query_lengths", c_void_p),
-        ("scale", c_float),
-        ("denominator", c_int32),
-        ("dtype", c_int32),
-        ("dropout_p", c_float),
-        ("seed", c_uint64),
-    ]
-
-
-class _Blocks(Structure):
-    _fields_ = [
-        ("block_size", c_int64),
-        ("row_ptr", c_void_p),
-        ("col_idx", c_void_p),
-        ("col_ptr", c_void_p),
-        ("row_idx", c_void_p),
-    ]
-
-
-_P, _B, _T = POINTER(_Problem), POINTER(_Blocks), POINTER(_Tensor)
+# The structures of csrc/sat_kernels.h as bytes: ctypes' own take twice as long to make, and a sparse
+# call is short.
+_TENSOR = struct.Struct("@P3q")
+_PROBLEM = struct.Struct("@4q2Pf2ifQ")
+_BLOCKS = struct.Struct("@q4P")
 _SIGNATURES = {
-    "sat_block_sparse_forward": [_P, _B, *[_T] * 4, *[c_void_p] * 3],
-    "sat_block_sparse_backward": [_P, _B, *[_T] * 4, *[c_void_p] * 2, *[_T] * 4, *[c_void_p] * 2],
-    "sat_dense_forward": [_P, *[_T] * 4, *[c_void_p] * 4],
-    "sat_dense_backward": [_P, *[_T] * 4, *[c_void_p] * 2, *[_T] * 4, *[c_void_p] * 2],
+    "sat_block_sparse_forward": [*[c_char_p] * 6, *[c_void_p] * 3],
+    "sat_block_sparse_backward": [
+        *[c_char_p] * 6,
+        *[c_void_p] * 2,
+        *[c_char_p] * 4,
+        *[c_void_p] * 2,
+    ],
+    "sat_dense_forward": [*[c_char_p] * 5, *[c_void_p] * 4],
+    "sat_dense_backward": [*[c_char_p] * 5, *[c_void_p] * 2, *[c_char_p] * 4, *[c_void_p] * 2],
 }
 
 
@@ -124,15 +99,15 @@ def instruction_set(device_type: str) -> str:
     return load_library(device_type).sat_instruction_set().decode()
 
 
-def _tensor(x: torch.Tensor) -> _Tensor:
-    return _Tensor(x.data_ptr(), *x.stride()[:3])
+def _tensor(x: torch.Tensor) -> bytes:
+    return _TENSOR.pack(x.data_ptr(), *x.stride()[:3])
 
 
-def _problem(q, key_lengths, query_lengths, denominator, dropout_p, seed) -> _Problem:
-    return _Problem(
+def _problem(q, key_lengths, query_lengths, denominator, dropout_p, seed) -> bytes:
+    return _PROBLEM.pack(
         *q.shape,
-        None if key_lengths is None else key_lengths.data_ptr(),
-        None if query_lengths is None else query_lengths.data_ptr(),
+        0 if key_lengths is None else key_lengths.data_ptr(),
+        0 if query_lengths is None else query_lengths.data_ptr(),
         q.shape[-1] ** -0.5,
         DENOMINATORS.index(denominator),
         DTYPES.index(q.dtype),
@@ -161,7 +136,7 @@ def _call(name: str, like: torch.Tensor, *arguments) -> None:
 
 
 def _new_like(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def last_contiguous(x: torch.Tensor) -> torch.Tensor:
@@ -173,8 +148,8 @@ def _pointers(sums: torch.Tensor) -> tuple[int, int]:
     return sums.data_ptr(), sums.data_ptr() + 4 * (sums.numel() // 2)
 
 
-def _blocks(csr, block_size: int) -> _Blocks:
-    return _Blocks(block_size, *(x.data_ptr() for x in csr))
+def _blocks(csr, block_size: int) -> bytes:
+    return _BLOCKS.pack(block_size, *(x.data_ptr() for x in csr))
 
 
 def _block_sparse(
@@ -198,9 +173,9 @@ def _block_sparse(
     _call(
         "sat_block_sparse_forward",
         q,
-        byref(problem),
-        byref(_blocks(csr, block_size)),
-        *(byref(_tensor(x)) for x in (q, k, v, o)),
+        problem,
+        _blocks(csr, block_size),
+        *map(_tensor, (q, k, v, o)),
         *_pointers(sums),
     )
     return o, sums
@@ -229,11 +204,11 @@ def _block_sparse_backward(
     _call(
         "sat_block_sparse_backward",
         q,
-        byref(problem),
-        byref(_blocks(csr, block_size)),
-        *(byref(_tensor(x)) for x in (q, k, v, o)),
+        problem,
+        _blocks(csr, block_size),
+        *map(_tensor, (q, k, v, o)),
         *_pointers(sums),
-        *(byref(_tensor(x)) for x in (d_o, *gradients)),
+        *map(_tensor, (d_o, *gradients)),
         None if delta is None else delta.data_ptr(),
     )
     return gradients
@@ -256,8 +231,8 @@ def _dense(
     _call(
         "sat_dense_forward",
         q,
-        byref(problem),
-        *(byref(_tensor(x)) for x in (q, k, v, o)),
+        problem,
+        *map(_tensor, (q, k, v, o)),
         *_pointers(sums),
         mean_map.data_ptr() if return_map else None,
     )
@@ -284,10 +259,10 @@ def _dense_backward(
     _call(
         "sat_dense_backward",
         q,
-        byref(problem),
-        *(byref(_tensor(x)) for x in (q, k, v, o)),
+        problem,
+        *map(_tensor, (q, k, v, o)),
         *_pointers(sums),
-        *(byref(_tensor(x)) for x in (d_o, *gradients)),
+        *map(_tensor, (d_o, *gradients)),
         None if delta is None else delta.data_ptr(),
     )
     return gradients
@@ -356,15 +331,21 @@ def _direct(forward, setup, gradients):
     quarter of a millisecond forward and backward, as much as a call with few blocks selected.
     """
 
+    only_once = torch.autograd.function.once_differentiable(gradients)
+
     class Direct(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
             output = forward(*inputs)
             ctx.mark_non_differentiable(*output[1:])
+            ctx.set_materialize_grads(False)
             setup(ctx, inputs, output)
             return output
 
-        backward = staticmethod(torch.autograd.function.once_differentiable(gradients))
+        @staticmethod
+        def backward(ctx, *d_outputs):
+            # Gradients are recorded if a second derivative is wanted, which is refused.
+            return (only_once if torch.is_grad_enabled() else gradients)(ctx, *d_outputs)
 
     return Direct.apply
 

@@ -37,7 +37,7 @@ def make_metrics(
     sparse_ms: float = 20.0,
     **changes: Any,
 ) -> dict[str, Any]:
-    """metrics.json of a run; `switch` is (step, "rule" or "limit"), None: it stayed dense."""
+    """metrics.json of a run; `switch` is (step, "rule", "limit" or "start"), None: it stayed dense."""
     metrics = {
         "schema_version": 1,
         "run": "demo",
@@ -59,6 +59,7 @@ def make_metrics(
             "step": 200,
             "phase": "sparse" if switch else "dense",
         },
+        "transition_rule": "never" if attention == "softmax" else "settled",
         "transition": {
             "step": switch[0] if switch else None,
             "reason": switch[1] if switch else None,
@@ -75,7 +76,7 @@ def make_metrics(
         "num_parameters": 160650,
         "num_steps": 300,
         "phases": {
-            "dense": make_phase(dense_ms, 512),
+            "dense": make_phase(dense_ms, 512) if not switch or switch[1] != "start" else None,
             "sparse": make_phase(sparse_ms, 256) if switch else None,
         },
         "training_seconds": 30.0,

@@ -2,8 +2,10 @@
 
 import platform
 
+import attention_cases
 import pytest
 import torch
+from attention_cases import random, random_mask, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,55 +29,19 @@ def instruction_set(request, kernels_dir):
     library.sat_use_instruction_set(None)
 
 
-def run(function, backend, dtype, inputs):
-    """Outputs of function(q, k, v, backend) and the gradients of the first one."""
-    q, k, v, d_o = (x.to(dtype) for x in inputs)
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    outputs = function(*leaves, backend)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return [*outputs, *torch.autograd.grad(outputs[0], leaves, d_o)]
-
-
-def check(function, inputs, rounding=1e-7):
-    """At most twice the error of plain PyTorch in float32, or 1e-5 of the largest value.
-
-    Where a softmax has one winner, the gradient of its scores is the rounding of dO v - <dO, o>:
-    `rounding`, relative to the size of these.
-    """
-    q, k, v, d_o = (x.abs().max().item() for x in inputs)
-    rounding *= d_o * v * max(q, k)
-    exact = run(function, "reference", torch.float64, inputs)
-    plain = run(function, "reference", torch.float32, inputs)
-    ours = run(function, "cpu", torch.float32, inputs)
-    for expected, rough, got in zip(exact, plain, ours, strict=True):
-        assert torch.equal(got.isinf(), expected.isinf())  # log-sum-exp of empty rows
-        expected, rough, got = (x.double().nan_to_num(neginf=0) for x in (expected, rough, got))
-        error = (got - expected).abs().max().item()
-        allowed = max(2 * (rough - expected).abs().max(), 1e-5 * expected.abs().max()).item()
-        assert error <= allowed + rounding
-
-
-def random(shape, seed=0, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    q, k, v, d_o = (torch.randn(shape, generator=generator) for _ in range(4))
-    return [q * scale, k, v, d_o]
-
-
-def random_mask(num_blocks, kind="random"):
-    mask = torch.zeros(num_blocks, num_blocks, dtype=torch.bool)
-    if kind == "all":
-        mask[:] = True
-    elif kind == "one":
-        mask[num_blocks - 1, 0] = True
-    elif kind == "random":
-        mask = torch.rand(mask.shape, generator=torch.Generator().manual_seed(7)) < 0.4
-        mask[0], mask[1] = False, True
-    return mask
+def check(call, inputs):
+    attention_cases.check(call, "cpu", inputs)
 
 
 def sparse(mask, block_size, **options):
-    return lambda q, k, v, backend: attention.block_sparse_attention(
+    return lambda backend, q, k, v: attention.block_sparse_attention(
         q, k, v, mask, block_size=block_size, return_lse=True, backend=backend, **options
+    )
+
+
+def dense(**options):
+    return lambda backend, q, k, v: attention.dense_attention(
+        q, k, v, return_map=True, backend=backend, **options
     )
 
 
@@ -99,18 +65,7 @@ def test_extreme_masks(kind, denominator):
 @pytest.mark.parametrize("shape", [(4, 2, 64, 32), (4, 1, 37, 8), (4, 2, 130, 64)])
 def test_dense_with_map(instruction_set, shape, padded_queries):
     lengths = torch.tensor([shape[2], shape[2] // 2 + 3, 1, 0])
-    check(
-        lambda q, k, v, backend: attention.dense_attention(
-            q,
-            k,
-            v,
-            lengths=lengths,
-            padded_queries=padded_queries,
-            return_map=True,
-            backend=backend,
-        ),
-        random(shape),
-    )
+    check(dense(lengths=lengths, padded_queries=padded_queries), random(shape))
 
 
 @pytest.mark.parametrize("scale", [30.0, 1e4])
@@ -120,7 +75,7 @@ def test_large_scores_stay_finite(instruction_set, denominator, scale):
     check(sparse(random_mask(2, "all"), 32, denominator=denominator), inputs)
     mask = torch.eye(4, dtype=torch.bool)
     check(sparse(mask, 16, denominator=denominator), inputs)
-    check(lambda q, k, v, backend: attention.dense_attention(q, k, v, backend=backend), inputs)
+    check(dense(), inputs)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -148,9 +103,15 @@ def test_any_shape_and_mask(batch, heads, block_size, num_blocks, width, bits, d
     mask = torch.tensor(
         [[bool(bits >> (4 * i + j) & 1) for j in range(num_blocks)] for i in range(num_blocks)]
     )
-    lengths = [data.draw(st.integers(0, length)) for _ in range(batch)]
-    function = sparse(mask, block_size, lengths=torch.tensor(lengths))
-    check(function, random((batch, heads, length, width), seed=bits))
+    lengths = torch.tensor([data.draw(st.integers(0, length)) for _ in range(batch)])
+    dropout_p = data.draw(st.sampled_from([0.0, 0.1, 0.5]))
+
+    def call(backend, q, k, v):
+        torch.manual_seed(bits)  # the seed of the dropout is drawn from it
+        attend = sparse(mask, block_size, lengths=lengths, dropout_p=dropout_p)
+        return attend(backend, q, k, v)
+
+    check(call, random((batch, heads, length, width), seed=bits))
 
 
 def test_views_into_a_packed_qkv():
@@ -158,11 +119,9 @@ def test_views_into_a_packed_qkv():
     views = [x.transpose(1, 2) for x in packed.unbind(2)]
     copies = [x.contiguous() for x in views]
     mask = random_mask(4)
-    for function in (sparse(mask, 16), attention.dense_attention):
-        options = {} if function is attention.dense_attention else {"backend": "cpu"}
-        first, second = function(*views, **options), function(*copies, **options)
-        first, second = (x[0] if isinstance(x, tuple) else x for x in (first, second))
-        assert torch.equal(first, second)
+    for call in (sparse(mask, 16), dense()):
+        for first, second in zip(call("cpu", *views), call("cpu", *copies), strict=True):
+            assert torch.equal(first, second)
 
 
 def test_gradients_reach_a_packed_qkv():
@@ -184,19 +143,14 @@ def test_odd_strides():
     q, k = big[1:, ::2, 3:67, 5:37], big[:2, 1::2, 16:, 64:]
     v = big[1:, :2, :64, ::3]  # the last dimension is not contiguous
     mask = random_mask(4)
-    o = sparse(mask, 16)(q, k, v, "cpu")[0]
-    assert torch.equal(o, sparse(mask, 16)(*(x.contiguous() for x in (q, k, v)), "cpu")[0])
+    o = sparse(mask, 16)("cpu", q, k, v)[0]
+    assert torch.equal(o, sparse(mask, 16)("cpu", *(x.contiguous() for x in (q, k, v)))[0])
 
 
 def test_the_number_of_threads_changes_no_bit(instruction_set):
     inputs = random((2, 2, 128, 32))
     lengths = torch.tensor([128, 70])
-    functions = [
-        sparse(random_mask(4), 32, lengths=lengths),
-        lambda q, k, v, backend: attention.dense_attention(
-            q, k, v, lengths=lengths, return_map=True, backend=backend
-        ),
-    ]
+    functions = [sparse(random_mask(4), 32, lengths=lengths), dense(lengths=lengths)]
     before = torch.get_num_threads()
     try:
         results = []
@@ -215,7 +169,7 @@ def test_nan_in_nan_out(instruction_set, which):
     inputs = random((1, 1, 64, 32))
     inputs[which][0, 0, 40, 3] = float("nan")
     mask = torch.eye(2, dtype=torch.bool)
-    o = sparse(mask, 32)(*inputs[:3], "cpu")[0]
+    o = sparse(mask, 32)("cpu", *inputs[:3])[0]
     dense = attention.dense_attention(*inputs[:3], backend="cpu")
     assert not o[:, :, :32].isnan().any()  # rows that do not see it
     if which == 0:
@@ -247,12 +201,11 @@ def test_dropout(instruction_set, kind, dropout_p):
     """Values, gradients and map for the factors that `reference` draws, in padded sequences too."""
     lengths = torch.tensor([128, 77])
 
-    def function(q, k, v, backend):
+    def function(backend, q, k, v):
         torch.manual_seed(11)
         options = {"lengths": lengths, "dropout_p": dropout_p}
-        if kind == "sparse":
-            return sparse(random_mask(4), 32, **options)(q, k, v, backend)
-        return attention.dense_attention(q, k, v, return_map=True, backend=backend, **options)
+        call = sparse(random_mask(4), 32, **options) if kind == "sparse" else dense(**options)
+        return call(backend, q, k, v)
 
     check(function, random((2, 2, 128, 32)))
     check(function, random((2, 2, 128, 8), scale=100.0))

@@ -115,6 +115,18 @@ def test_the_dense_baseline_has_no_switch_to_miss(tmp_path):
     assert collect.switch_text(row) == "–"
 
 
+def test_a_run_that_is_sparse_from_the_start_has_no_dense_figures(tmp_path):
+    runs = [make_metrics(attention="local", seed=i, switch=(0, "start")) for i in (1, 2)]
+    row = only_row(tmp_path, runs)
+    assert (row["transition_steps"], row["transition_made_by"]) == ("0 0", "start")
+    assert row["dense_ms_per_step_median"] == row["speed_up_median"] is None
+    assert row["sparse_ms_per_step_median"] == 20
+    broken = make_metrics(attention="local", seed=1, switch=(0, "start"))
+    broken["phases"]["dense"] = broken["phases"]["sparse"]
+    with pytest.raises(ValueError, match="phases.dense"):
+        only_row(tmp_path / "broken", [broken])
+
+
 def test_rows_come_in_the_order_of_lra_then_by_name(tmp_path):
     tasks = ["zebra", "pathfinder", "image", "apple", "listops", "text", "retrieval"]
     config = make_config(tasks=tasks, attentions=["sat", "softmax"], seeds=[1])
@@ -441,17 +453,3 @@ def test_a_run_sparse_from_the_start_has_no_dense_figures(tmp_path):
     assert row["dense_ms_per_step_median"] is None and row["speed_up_median"] is None
     assert row["sparse_ms_per_step_median"] == 20
     assert (collect.switch_text(row), row["transition_made_by"]) == ("0", "start")
-
-
-def test_an_attention_that_cannot_switch_never_does(tmp_path):
-    """As its settings say; softmax is no special name."""
-    path = write_metrics(tmp_path, make_metrics(attention="reformer"))
-    settings = {"task": "listops", "attention": "reformer", "seed": 1001}
-    (path.parent / "config.json").write_text(
-        json.dumps(settings | {"transition": {"rule": "never"}})
-    )
-    config = make_config(attentions=["reformer"], seeds=[1001])
-    (row,) = collect.build_table(
-        collect.read_runs([path], config, tmp_path / "runs", False), config
-    )
-    assert row["transition_made_by"] is None and collect.switch_text(row) == "–"

@@ -149,7 +149,9 @@ def test_preparation_in_the_order_of_the_data(tmp_path):
 
 def test_tables_survive_missing_runs_and_odd_names(tmp_path):
     """A task with no finished run, one seed only, a run that never switched, a task that nobody published."""
-    config = make_config(tasks=["my_task|50%&", "text"], attentions=["softmax", "sat"], seeds=[1, 2])
+    config = make_config(
+        tasks=["my_task|50%&", "text"], attentions=["softmax", "sat"], seeds=[1, 2]
+    )
     runs = [make_metrics("my_task|50%&", "sat", 1), make_metrics("my_task|50%&", "softmax", 1)]
     for name, (shown, rows, columns) in made(tmp_path, runs, config, True).items():
         text = tables.to_csv(rows, columns)

@@ -57,9 +57,8 @@ def loads_and_answers(library):
         getattr(cuda, name).argtypes = arguments
     q = torch.zeros(1, 1, 64, 32)
     problem = kernels._problem(q, None, None, "zero_logits", 0.0, None)
-    arguments = [ctypes.byref(kernels._tensor(q))] * 4
-    no_blocks = ctypes.byref(kernels._Blocks(0))
-    bad = cuda.sat_block_sparse_forward(ctypes.byref(problem), no_blocks, *arguments, *[None] * 3)
-    assert bad == -1
+    arguments = [*[kernels._tensor(q)] * 4, None, None, None]
+    no_blocks = kernels._BLOCKS.pack(0, 0, 0, 0, 0)
+    assert cuda.sat_block_sparse_forward(problem, no_blocks, *arguments) == -1
     if not torch.cuda.is_available():
-        assert cuda.sat_dense_forward(ctypes.byref(problem), *arguments, *[None] * 4) > 0
+        assert cuda.sat_dense_forward(problem, *arguments, None) > 0

@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from attention_cases import check, random, random_mask, run
 from cuda_emulation import SOURCE, compile_emulated
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,6 @@ from sat.attention import kernels, selection
 
 ORDERS = ("forward", "reversed")
 BACKENDS = {"forward": "cpu", "reversed": "cpu", "gpu": "cuda"}  # what the library stands in for
-EPSILON = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 class Emulated:
@@ -36,8 +36,8 @@ class Emulated:
             return function
 
         def with_scratch(problem, *arguments):
-            p = problem._obj
-            scratch = (ctypes.c_float * (p.batch * p.heads * p.length))()
+            batch, heads, length, *_ = kernels._PROBLEM.unpack(problem)
+            scratch = (ctypes.c_float * (batch * heads * length))()
             assert arguments[-2] is None
             return function(problem, *arguments[:-2], ctypes.addressof(scratch), arguments[-1])
 
@@ -70,25 +70,6 @@ def backend(request, monkeypatch):
     return BACKENDS[request.param]
 
 
-def random(shape, seed=0, scale=1.0):
-    """q, k, v and the gradient of the output."""
-    generator = torch.Generator().manual_seed(seed)
-    q, k, v, d_o = (torch.randn(shape, generator=generator) for _ in range(4))
-    return [q * scale, k, v, d_o]
-
-
-def random_mask(num_blocks, kind="random"):
-    mask = torch.zeros(num_blocks, num_blocks, dtype=torch.bool)
-    if kind == "all":
-        mask[:] = True
-    elif kind == "one":
-        mask[num_blocks - 1, 0] = True
-    elif kind == "random":
-        mask = torch.rand(mask.shape, generator=torch.Generator().manual_seed(7)) < 0.4
-        mask[0], mask[1] = False, True
-    return mask
-
-
 def sparse(mask, block_size, lengths=None, denominator="zero_logits", dropout_p=0.0):
     def call(backend, q, k, v):
         torch.manual_seed(11)  # the seed of the dropout is drawn from it
@@ -109,40 +90,6 @@ def dense(lengths=None, padded_queries="zero", dropout_p=0.0):
     return call
 
 
-def run(call, backend, dtype, inputs):
-    """Outputs of call(backend, q, k, v) and the gradients of the first one."""
-    device = "cuda" if backend == "cuda" else "cpu"
-    *qkv, d_o = (x.to(dtype).to(device) for x in inputs)
-    leaves = [x.detach().requires_grad_() for x in qkv]
-    outputs = call(backend, *leaves)
-    gradients = torch.autograd.grad(outputs[0], leaves, d_o)
-    return [x.detach().cpu().double() for x in (*outputs, *gradients)]
-
-
-def check(backend, call, inputs, dtype=torch.float32, rounding=1e-7):
-    """At most twice the error of plain PyTorch in the same type, or 1e-5 of the largest value.
-
-    Smaller types also round what is written. Where a softmax has one winner, the gradient of its
-    scores is the rounding of dO v - <dO, o>: `rounding`, relative to the size of these.
-    """
-    inputs = [x.to(dtype).float() for x in inputs]  # what both sides see
-    q, k, v, d_o = (x.abs().max().item() for x in inputs)
-    rounding *= d_o * v * max(q, k)
-    exact = run(call, "reference", torch.float64, inputs)
-    plain = run(call, "reference", torch.float32, inputs)
-    ours = run(call, backend, dtype, inputs)
-    for expected, rough, got in zip(exact, plain, ours, strict=True):
-        assert torch.equal(got.isinf(), expected.isinf())  # log-sum-exp of empty rows
-        expected, rough, got = (x.nan_to_num(neginf=0) for x in (expected, rough, got))
-        error = (got - expected).abs().max().item()
-        largest = expected.abs().max().item()
-        allowed = max(2 * (rough - expected).abs().max().item(), 1e-5 * largest)
-        if dtype != torch.float32:
-            # delta is made from the rounded output, so gradients keep a few of its roundings
-            allowed += 4 * EPSILON[dtype] * largest
-        assert error <= allowed + rounding, f"{error:.2e} > {allowed:.2e} + {rounding:.2e}"
-
-
 @pytest.mark.parametrize("denominator", kernels.DENOMINATORS)
 @pytest.mark.parametrize("block_size", kernels.BLOCK_SIZES)
 @pytest.mark.parametrize("width", [8, 32, 64])
@@ -150,45 +97,45 @@ def test_block_sparse(backend, width, block_size, denominator):
     length = 4 * block_size
     lengths = torch.tensor([length, length - block_size - 3, 0], dtype=torch.int32)
     call = sparse(random_mask(4), block_size, lengths, denominator)
-    check(backend, call, random((3, 2, length, width)))
+    check(call, backend, random((3, 2, length, width)))
 
 
 @pytest.mark.parametrize("width", [72, 128, 200, 256])
 def test_wide_heads(backend, width):
-    check(backend, sparse(random_mask(3), 32), random((1, 2, 96, width)))
+    check(sparse(random_mask(3), 32), backend, random((1, 2, 96, width)))
 
 
 @pytest.mark.parametrize("kind", ["none", "one", "all"])
 def test_masks(backend, kind):
     lengths = torch.tensor([96, 1], dtype=torch.int32)
-    check(backend, sparse(random_mask(3, kind), 32, lengths), random((2, 1, 96, 32)))
+    check(sparse(random_mask(3, kind), 32, lengths), backend, random((2, 1, 96, 32)))
 
 
 @pytest.mark.parametrize("padded_queries", ["zero", "attend"])
 @pytest.mark.parametrize(("length", "width"), [(100, 32), (65, 64), (1, 8), (40, 136)])
 def test_dense_with_the_map(backend, length, width, padded_queries):
     lengths = torch.tensor([length, length // 2, 0], dtype=torch.int32)
-    check(backend, dense(lengths, padded_queries), random((3, 2, length, width)))
+    check(dense(lengths, padded_queries), backend, random((3, 2, length, width)))
 
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5])
 def test_dropout_is_that_of_the_reference(backend, dropout_p):
-    check(backend, sparse(random_mask(4), 32, dropout_p=dropout_p), random((2, 2, 128, 32)))
-    check(backend, dense(dropout_p=dropout_p), random((2, 2, 70, 32)))
+    check(sparse(random_mask(4), 32, dropout_p=dropout_p), backend, random((2, 2, 128, 32)))
+    check(dense(dropout_p=dropout_p), backend, random((2, 2, 70, 32)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_smaller_types(backend, dtype):
-    check(backend, sparse(random_mask(4), 32, dropout_p=0.1), random((2, 2, 128, 64)), dtype)
-    check(backend, dense(), random((2, 2, 70, 32)), dtype)
+    check(sparse(random_mask(4), 32, dropout_p=0.1), backend, random((2, 2, 128, 64)), dtype)
+    check(dense(), backend, random((2, 2, 70, 32)), dtype)
 
 
 @pytest.mark.parametrize("scale", [1e4, -1e4])
 @pytest.mark.parametrize("denominator", kernels.DENOMINATORS)
 def test_scores_of_ten_thousand(backend, scale, denominator):
     inputs = random((1, 2, 128, 32), scale=scale)
-    check(backend, sparse(random_mask(4), 32, None, denominator), inputs)
-    check(backend, dense(), inputs)
+    check(sparse(random_mask(4), 32, None, denominator), backend, inputs)
+    check(dense(), backend, inputs)
 
 
 def test_odd_strides_and_views_into_packed_qkv(backend):
@@ -197,7 +144,7 @@ def test_odd_strides_and_views_into_packed_qkv(backend):
     packed = torch.randn(2, 64, 2, 3, 33, generator=torch.Generator().manual_seed(3))
     q, k, v = (packed[..., i, :32].transpose(1, 2) for i in range(3))
     assert q.stride() == (64 * 198, 99, 198, 1)
-    check(backend, sparse(random_mask(2), 32), [q, k, v, d_o])
+    check(sparse(random_mask(2), 32), backend, [q, k, v, d_o])
 
 
 def test_the_orders_give_the_same_bits(monkeypatch):
@@ -260,16 +207,15 @@ def test_any_shape(data):
     ).reshape(num_blocks, num_blocks)
     lengths = [draw(st.integers(0, length), "length") for _ in range(batch)]
     denominator = draw(st.sampled_from(kernels.DENOMINATORS), "denominator")
+    dropout_p = draw(st.sampled_from([0.0, 0.2]), "dropout")
     lengths = torch.tensor(lengths, dtype=torch.int32)
-    check("cpu", sparse(mask, block_size, lengths, denominator), random(shape))
+    check(sparse(mask, block_size, lengths, denominator, dropout_p), "cpu", random(shape))
 
 
 def problem_of(**changes):
-    q = torch.zeros(1, 1, 64, 32)
-    problem = kernels._problem(q, None, None, "zero_logits", 0.0, None)
-    for name, value in changes.items():
-        setattr(problem, name, value)
-    return problem
+    values = {"batch": 1, "heads": 1, "length": 64, "width": 32, "key_lengths": 0}
+    values |= {"query_lengths": 0, "scale": 1.0, "denominator": 0, "dtype": 0, "dropout_p": 0.0}
+    return kernels._PROBLEM.pack(*(values | {"seed": 0} | changes).values())
 
 
 @pytest.mark.parametrize(
@@ -289,9 +235,9 @@ def problem_of(**changes):
     ],
 )
 def test_what_the_library_refuses(library, changes, block_size, status):
-    blocks, tensor = kernels._Blocks(block_size), kernels._Tensor()
-    arguments = [ctypes.byref(x) for x in (problem_of(**changes), blocks, *[tensor] * 4)]
-    assert library.sat_block_sparse_forward(*arguments, None, None, None) == status
+    blocks, tensor = kernels._BLOCKS.pack(block_size, 0, 0, 0, 0), kernels._TENSOR.pack(0, 0, 0, 0)
+    arguments = [problem_of(**changes), blocks, *[tensor] * 4, None, None, None]
+    assert library.sat_block_sparse_forward(*arguments) == status
 
 
 def test_the_library_says_what_it_is(library):

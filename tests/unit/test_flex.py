@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import sat.attention as attention
+from sat import benchmark
 from sat.attention import flex, kernels, reference, selection
 
 BLOCK, N = 32, 128
@@ -41,6 +42,19 @@ def test_another_mask_of_the_same_shape_gives_its_own_numbers():
     ]
     assert not outputs[0][:, :, :BLOCK].any() and not outputs[1][:, :, BLOCK : 2 * BLOCK].any()
     assert outputs[1][:, :, :BLOCK].all()
+
+
+def test_the_benchmark_compiles_flex():
+    """The compiled forward, renormalised, that sat.benchmark compares with."""
+    mask = make_mask()
+    mask[0, 0] = True  # a row with nothing selected is not flex' case
+    q, k, v = inputs()
+    with torch.no_grad():
+        got = benchmark.flex_forward(mask, BLOCK)(q, k, v)
+    expected, _ = reference.block_sparse_attention(
+        q, k, v, mask, BLOCK, None, "renormalised", 0.0, None
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sat import config, transition
-from sat.transition import MapStatistics, StepStatistics, select_blocks, wants_sparse
+from sat.transition import MapStatistics, StepStatistics, wants_sparse
 
 
 def random_map(seed, size=300):
@@ -88,13 +86,6 @@ def test_limits_of_the_transition():
     assert transition.transition_reason(run, 3, settled) == "rule"
 
 
-def test_pool_is_the_mean_of_each_tile():
-    a = random_map(0, 64)
-    pooled = transition.pool(a, 16)
-    assert pooled.shape == (4, 4)
-    assert float(pooled[1, 2]) == pytest.approx(float(a[16:32, 32:48].mean()))
-
-
 def test_pattern_loss_has_the_gradient_of_sat():
     """SAT averages (P P^T - pooled map)^2 over samples and heads; here that is written out."""
     generator = torch.Generator().manual_seed(0)
@@ -107,24 +98,37 @@ def test_pattern_loss_has_the_gradient_of_sat():
     torch.testing.assert_close(found, 2 * (G + G.T) @ P / 64)
 
 
-@given(st.integers(2, 12), st.floats(0.01, 1.0), st.integers(0, 2), st.integers(0, 2**31))
-def test_selection(n, density, min_per_row, seed):
-    score = torch.rand(n, n, generator=torch.Generator().manual_seed(seed))
-    mask = select_blocks(score, density, min_per_row)
-    floor = max(1, math.floor(n * n * density + 1e-9))
-    assert mask.sum() == max(floor, n * min_per_row)
-    assert (mask.sum(1) >= min_per_row).all()
-    if not min_per_row:
-        assert score[mask].min() >= score[~mask].max() if (~mask).any() else True
+def test_running_averages():
+    """transition.ema: skewness and distance are averaged, the change is that of the averaged distance."""
+    maps = [random_map(seed, 32) for seed in range(6)]
+    plain, averaged = MapStatistics(), MapStatistics(ema=0.75)
+    skewness = distance = before = None
+    for a in maps:
+        new, smooth = plain.update([a]), averaged.update([a])
+        value = new.skewness[0]
+        skewness = value if skewness is None else 0.75 * skewness + 0.25 * value
+        assert smooth.skewness == pytest.approx([skewness])
+        if new.distance is not None:
+            before, value = distance, new.distance[0]
+            distance = value if distance is None else 0.75 * distance + 0.25 * value
+            assert smooth.distance == pytest.approx([distance])
+        if before is not None:
+            assert smooth.change == pytest.approx([100 * abs(distance - before) / before])
 
 
-def test_selection_breaks_ties_by_position():
-    mask = select_blocks(torch.ones(3, 3), 0.34)
-    assert mask.flatten().nonzero().flatten().tolist() == [0, 1, 2]
+def test_a_value_that_is_not_a_number_does_not_stay_in_the_average():
+    statistics = MapStatistics(ema=0.9)
+    statistics.update([random_map(0, 32)])
+    constant = torch.full((32, 32), 1 / 32)
+    assert math.isnan(statistics.update([constant]).skewness[0])
+    assert statistics.update([random_map(1, 32)]).skewness[0] == pytest.approx(
+        numpy_skewness(random_map(1, 32))
+    )
 
 
-@pytest.mark.parametrize(
-    ("n", "density", "count"), [(32, 0.05, 51), (32, 0.04, 40), (64, 0.021, 86), (10, 0.29, 29)]
-)
-def test_number_of_blocks_is_the_floor(n, density, count):
-    assert select_blocks(torch.rand(n, n), density).sum() == count
+def test_the_state_of_the_statistics_is_their_attributes():
+    one, other = MapStatistics(0.5), MapStatistics(0.5)
+    for seed in range(3):
+        one.update([random_map(seed, 32)])
+    vars(other).update(vars(one))
+    assert one.update([random_map(3, 32)]) == other.update([random_map(3, 32)])

@@ -4,15 +4,12 @@ if config["data"] == "generated":
 
     rule demo_archives:
         input:
-            env="envs/tf.yaml",
-            script="workflow/scripts/demo_archives.py",
+            env=local("envs/tf.yaml"),
+            script=local("workflow/scripts/demo_archives.py"),
             modules=MODULES,
         output:
-            archive=f"{ARCHIVES}/lra_release.gz",
-            records=expand(
-                f"{ARCHIVES}/{{source}}.source.json",
-                source=["lra_release.gz", "imdb_reviews", "cifar10"],
-            ),
+            archive=local(f"{ARCHIVES}/lra_release.gz"),
+            records=list(RECORDS.values()),
             tfds=[TFDS[task][1] for task in ("text", "image")],
         log:
             f"{RESULTS}/logs/demo_archives.log",
@@ -35,8 +32,8 @@ else:
     # Nothing in the project is an input of a download: an edit must not fetch 8 GB again.
     rule download:
         output:
-            archive=f"{ARCHIVES}/{{file}}",
-            record=f"{ARCHIVES}/{{file}}.source.json",
+            archive=local(f"{ARCHIVES}/{{file}}"),
+            record=local(f"{ARCHIVES}/{{file}}.source.json"),
         log:
             f"{RESULTS}/logs/download/{{file}}.log",
         benchmark:
@@ -63,10 +60,10 @@ else:
             name:
                 f"prepare_{_source}"
             input:
-                env="envs/tf.yaml",
-                script="workflow/scripts/prepare_tfds.py",
+                env=local("envs/tf.yaml"),
+                script=local("workflow/scripts/prepare_tfds.py"),
                 modules=READING,
-                archive=f"{ARCHIVES}/{config['sources'][_source]['file']}",
+                archive=local(f"{ARCHIVES}/{config['sources'][_source]['file']}"),
                 record=RECORDS[_source],
             output:
                 info=_info,
@@ -89,9 +86,9 @@ else:
 
     rule extract_pathfinder_tfds:
         input:
-            script="workflow/scripts/extract.py",
-            modules="workflow/scripts/lra/files.py",
-            archive=f"{ARCHIVES}/{config['sources']['pathfinder_tfds']['file']}",
+            script=local("workflow/scripts/extract.py"),
+            modules=local("workflow/scripts/lra/files.py"),
+            archive=local(f"{ARCHIVES}/{config['sources']['pathfinder_tfds']['file']}"),
         output:
             info=PATHFINDER_TFDS,
         log:
@@ -114,9 +111,9 @@ else:
 
 rule extract:
     input:
-        script="workflow/scripts/extract.py",
-        modules="workflow/scripts/lra/files.py",
-        archive=f"{ARCHIVES}/lra_release.gz",
+        script=local("workflow/scripts/extract.py"),
+        modules=local("workflow/scripts/lra/files.py"),
+        archive=local(f"{ARCHIVES}/lra_release.gz"),
     output:
         RAW["listops"],
         RAW["retrieval"],

@@ -5,7 +5,7 @@ BENCHMARK = f"{RESULTS}/benchmark"
 
 rule measure_attention:
     input:
-        env="envs/torch.yaml",
+        env=local("envs/torch.yaml"),
         sources=sorted(
             str(path) for path in [*Path("sat/attention").glob("*.py"), Path("sat/benchmark.py")]
         ),
@@ -33,9 +33,9 @@ rule measure_attention:
 
 rule report_attention:
     input:
-        env="envs/report.yaml",
-        script="workflow/scripts/benchmark_report.py",
-        shared=["workflow/scripts/collect.py", "workflow/scripts/figures.py"],
+        env=local("envs/report.yaml"),
+        script=local("workflow/scripts/benchmark_report.py"),
+        shared=local(["workflow/scripts/collect.py", "workflow/scripts/figures.py"]),
         json=rules.measure_attention.output.json,
     output:
         csv=f"{BENCHMARK}/attention.csv",

@@ -1,38 +1,42 @@
 # What the rules share: names of files, which Python runs a job, functions for inputs and params.
 
+# `local` keeps a file out of object storage (docs/cluster.md): the project's own files, and 25 GB of archives and raw
+# files, of which programs also read what Snakemake does not know by name.
 ARCHIVES = f"{DATA}/archives"
 LEVEL = settings.resolve_dataset(config, "pathfinder")["options"]["level"]
 RAW = {
-    "listops": expand(f"{DATA}/raw/listops/basic_{{split}}.tsv", split=["train", "val", "test"]),
-    "retrieval": expand(
-        f"{DATA}/raw/retrieval/new_aan_pairs.{{split}}.tsv", split=["train", "eval", "test"]
+    "listops": local(
+        expand(f"{DATA}/raw/listops/basic_{{split}}.tsv", split=["train", "val", "test"])
     ),
-    "pathfinder": [f"{DATA}/raw/pathfinder/{LEVEL}.tar"],
+    "retrieval": local(
+        expand(f"{DATA}/raw/retrieval/new_aan_pairs.{{split}}.tsv", split=["train", "eval", "test"])
+    ),
+    "pathfinder": local([f"{DATA}/raw/pathfinder/{LEVEL}.tar"]),
 }
 # What a task reads when it is not `lra_release`: the source (config/config.yaml, sources) and the files made from it.
 TFDS = {
-    "text": ("imdb_reviews", f"{DATA}/tfds/imdb_reviews/plain_text/1.0.0/dataset_info.json"),
-    "image": ("cifar10", f"{DATA}/tfds/cifar10/3.0.2/dataset_info.json"),
-    "agnews": ("ag_news_subset", f"{DATA}/tfds/ag_news_subset/1.0.0/dataset_info.json"),
-    "yelp": (
-        "yelp_polarity_reviews",
-        f"{DATA}/tfds/yelp_polarity_reviews/0.2.0/dataset_info.json",
-    ),
+    task: (source, local(f"{DATA}/tfds/{source}/{version}/dataset_info.json"))
+    for task, source, version in (
+        ("text", "imdb_reviews", "plain_text/1.0.0"),
+        ("image", "cifar10", "3.0.2"),
+        ("agnews", "ag_news_subset", "1.0.0"),
+        ("yelp", "yelp_polarity_reviews", "0.2.0"),
+    )
 }
-PATHFINDER_TFDS = f"{DATA}/tfds/pathfinder32/1.0.0/dataset_info.json"
+PATHFINDER_TFDS = local(f"{DATA}/tfds/pathfinder32/1.0.0/dataset_info.json")
 AAN_MIRROR = {
-    f"aan_mirror_{name}": f"{ARCHIVES}/new_aan_pairs.{name}.tsv"
+    f"aan_mirror_{name}": local(f"{ARCHIVES}/new_aan_pairs.{name}.tsv")
     for name in ("train", "eval", "test")
 }
 # Modules that the data scripts share; those that generate are the demo's alone.
-MODULES = sorted(str(path) for path in Path("workflow/scripts/lra").glob("*.py"))
+MODULES = local(sorted(str(path) for path in Path("workflow/scripts/lra").glob("*.py")))
 READING = [path for path in MODULES if not Path(path).name.startswith("generate_")]
 
 
 # The record of every source: where it came from and its hash.
 if config["data"] == "generated":
     RECORDS = {
-        source: f"{ARCHIVES}/{file}.source.json"
+        source: local(f"{ARCHIVES}/{file}.source.json")
         for source, file in (
             ("lra_release", "lra_release.gz"),
             ("imdb_reviews", "imdb_reviews"),
@@ -44,15 +48,18 @@ else:
         source["file"]: {"name": name, **source} for name, source in config["sources"].items()
     }
     RECORDS = {
-        name: f"{ARCHIVES}/{source['file']}.source.json"
+        name: local(f"{ARCHIVES}/{source['file']}.source.json")
         for name, source in config["sources"].items()
     }
 
-KERNEL_SOURCES = sorted(
-    str(path)
-    for path in Path("csrc").rglob("*")
-    if path.suffix in (".h", ".hpp", ".cpp", ".cu") or path.name == "CMakeLists.txt"
+KERNEL_SOURCES = local(
+    sorted(
+        str(path)
+        for path in Path("csrc").rglob("*")
+        if path.suffix in (".h", ".hpp", ".cpp", ".cu") or path.name == "CMakeLists.txt"
+    )
 )
+SAT = local(sorted(str(path) for path in Path("sat").rglob("*.py")))
 RUN_FILES = [
     "config.json",
     "metrics.json",

@@ -3,8 +3,8 @@
 
 rule compile_kernels:
     input:
-        env="envs/torch.yaml",
-        script="workflow/scripts/build_kernels.py",
+        env=local("envs/torch.yaml"),
+        script=local("workflow/scripts/build_kernels.py"),
         sources=KERNEL_SOURCES,
     output:
         library=f"{RESULTS}/kernels/libsat_cpu.so",

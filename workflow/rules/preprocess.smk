@@ -4,8 +4,8 @@
 rule preprocess:
     input:
         raw_files,
-        env="envs/tf.yaml",
-        script="workflow/scripts/preprocess.py",
+        env=local("envs/tf.yaml"),
+        script=local("workflow/scripts/preprocess.py"),
         modules=READING,
     output:
         train=f"{DATA}/{{task}}/train.arrow",

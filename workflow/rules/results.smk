@@ -3,9 +3,9 @@
 
 rule collect:
     input:
-        env="envs/report.yaml",
-        script="workflow/scripts/collect.py",
-        shared="workflow/scripts/tables.py",
+        env=local("envs/report.yaml"),
+        script=local("workflow/scripts/collect.py"),
+        shared=local("workflow/scripts/tables.py"),
         metrics=METRICS,
         settings=SETTINGS,
     output:
@@ -34,10 +34,10 @@ rule collect:
 
 rule compare:
     input:
-        env="envs/report.yaml",
-        script="workflow/scripts/compare.py",
-        shared=["workflow/scripts/collect.py", "workflow/scripts/tables.py"],
-        published="config/published.csv",
+        env=local("envs/report.yaml"),
+        script=local("workflow/scripts/compare.py"),
+        shared=local(["workflow/scripts/collect.py", "workflow/scripts/tables.py"]),
+        published=local("config/published.csv"),
         metrics=METRICS,
         settings=SETTINGS,
     output:
@@ -77,9 +77,9 @@ rule table:
 # that it runs whenever it is asked for and is never taken for the whole.
 rule table_so_far:
     input:
-        env="envs/report.yaml",
-        scripts=[f"workflow/scripts/{name}.py" for name in ("collect", "compare", "tables")],
-        published="config/published.csv",
+        env=local("envs/report.yaml"),
+        scripts=local([f"workflow/scripts/{name}.py" for name in ("collect", "compare", "tables")]),
+        published=local("config/published.csv"),
     log:
         f"{RESULTS}/logs/table_so_far.log",
     conda:
@@ -102,9 +102,9 @@ rule table_so_far:
 
 rule draw_figures:
     input:
-        env="envs/report.yaml",
-        script="workflow/scripts/figures.py",
-        shared="workflow/scripts/collect.py",
+        env=local("envs/report.yaml"),
+        script=local("workflow/scripts/figures.py"),
+        shared=local("workflow/scripts/collect.py"),
         runs=lambda wildcards: runs_of(wildcards.task),
     output:
         accuracy=f"{RESULTS}/figures/{{task}}/accuracy.svg",

@@ -3,9 +3,9 @@
 
 rule train:
     input:
-        env="envs/torch.yaml",
-        sources=sorted(str(path) for path in Path("sat").rglob("*.py")),
-        schema=settings.SCHEMA,
+        env=local("envs/torch.yaml"),
+        sources=SAT,
+        schema=local(settings.SCHEMA),
         kernels=rules.compile_kernels.output,
         data=rules.preprocess.output,
     output:

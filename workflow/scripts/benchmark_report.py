@@ -14,9 +14,9 @@ from pathlib import Path
 
 import matplotlib
 import pandas as pd
-from tables import write_all
 from figures import COLOURS, STYLE
 from matplotlib.figure import Figure
+from tables import write_all
 
 KEY = ["batch", "length"]
 # Least and wanted (speed-up over dense SDPA) * density, for densities from the first number on.

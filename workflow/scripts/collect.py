@@ -29,7 +29,6 @@ from tables import interval_95, number, write_all
 
 SCHEMA_VERSION = 1
 LRA_TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
-DENSE_ATTENTION = "softmax"  # the baseline: it has no switch that could be missing
 MIB = 2**20
 
 # csv column -> format of its numbers. Nothing else decides the order.
@@ -103,6 +102,7 @@ METRICS = {
         "baseline?": SHARE,
     },
     "dev": {"accuracy": SHARE, "loss": NUMBER, "examples": COUNT, "step": COUNT, "phase": TEXT},
+    "transition_rule": TEXT,
     "transition": {"step?": COUNT, "reason?": one_of(*REASONS)},
     "pattern?": {
         "block_size": COUNT,
@@ -179,10 +179,12 @@ def read_metrics(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: pattern: must be null exactly when transition.step is")
     if switched and not metrics["pattern"]["density"]:
         raise ValueError(f"{path}: pattern.density: expected a value a layer, found none")
+    if (metrics["phases"]["dense"] is None) != (metrics["transition"]["reason"] == "start"):
+        raise ValueError(
+            f"{path}: phases.dense: must be null exactly if transition.reason is start"
+        )
     if metrics["phases"]["sparse"] is not None and not switched:
         raise ValueError(f"{path}: phases.sparse: must be null when transition.step is")
-    if metrics["phases"]["dense"] is None and metrics["transition"]["reason"] != "start":
-        raise ValueError(f"{path}: phases.dense: null though transition.reason is not 'start'")
     return metrics
 
 
@@ -296,18 +298,11 @@ def describe_device(device: dict[str, Any]) -> str:
 
 
 def describe_switches(runs: list[dict[str, Any]]) -> str:
-    """What made the switch: "rule", "limit", "never", or counts if seeds differ."""
+    """What made the switch: "rule", "limit", "start", "never", or counts if seeds differ."""
     counts = Counter(run["transition"]["reason"] or "never" for run in runs)
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{r} {counts[r]}" for r in (*REASONS, "never") if r in counts)
-
-
-def may_switch(run: dict[str, Any]) -> bool:
-    """Whether the run could go sparse; a dense or a linear attention has no switch that could be missing."""
-    if run.get("settings") is None:
-        return run["attention"] != DENSE_ATTENTION
-    return run["settings"]["transition"]["rule"] != "never"
 
 
 def above_chance(runs: list[dict[str, Any]]) -> str:
@@ -356,7 +351,7 @@ def summarise(runs: list[dict[str, Any]], num_expected: int) -> dict[str, Any]:
         "device": "; ".join(sorted({describe_device(run["device"]) for run in runs})),
         "training_seconds_mean": statistics.fmean(run["training_seconds"] for run in runs),
     }
-    if may_switch(runs[0]):
+    if runs[0]["transition_rule"] != "never":
         row["transition_steps"] = " ".join("never" if s is None else str(s) for s in steps)
         row["transition_made_by"] = describe_switches(runs)
     if switched:
@@ -440,7 +435,7 @@ def chance_text(row: dict[str, Any]) -> str:
 
 
 def switch_text(row: dict[str, Any]) -> str:
-    """ "120", "150 (120–180)" when seeds differ, "never", or "–" for the dense baseline."""
+    """ "120", "150 (120–180)" when seeds differ, "never", or "–" where there is none to make."""
     if row["transition_steps"] is None:
         return "–"
     steps = [int(s) for s in row["transition_steps"].split() if s != "never"]
@@ -490,7 +485,8 @@ DISPLAY: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 }
 NOTES = (
     "Test accuracy: mean ± standard deviation over the seeds (n − 1; none for one seed), every "
-    "test example counted once. 95 % interval: of that mean, by Student's t, from three seeds on. Bold: the best of a task, where at least two attentions finished and "
+    "test example counted once. 95 % interval: of that mean, by Student's t, from three seeds on. "
+    "Bold: the best of a task, where at least two attentions finished and "
     "it is above chance.",
     "Chance: the share of the most frequent class in the test split; root operator: the accuracy of "
     "the most frequent answer to a ListOps row's first operator, which needs no tree; not exceeded: "
@@ -498,8 +494,8 @@ NOTES = (
     "dev accuracy of "
     "the tested checkpoint, mean over the seeds.",
     "Switch at step: the step at which training went sparse, mean (smallest–largest) over the "
-    "seeds that did; made by: the rule on skewness and distance, the limit on dense steps, or start: sparse from the "
-    "first step on.",
+    "seeds that did; made by: the rule on skewness and distance, or the limit on dense steps; start: "
+    "sparse from the first step.",
     "Density: selected blocks over all blocks, mean over layers and seeds.",
     "ms a step and peak MiB: dense phase / sparse phase. Times are medians, memory is the largest "
     "of the seeds. Speed-up: dense over sparse time a step of the same run, a whole training step "

@@ -30,7 +30,6 @@ import tables
 from collect import (
     COLUMNS,
     DISPLAY,
-    MIB,
     add_run_arguments,
     build_table,
     caption,
@@ -334,7 +333,9 @@ def mass_text(row: dict[str, Any]) -> str:
     if row["mass_mean"] is None:
         return "–"
     others = (row["best_mass_mean"], row["random_mass_mean"])
-    return f"{100 * row['mass_mean']:.1f} ({' / '.join(number(v and 100 * v, '.1f') for v in others)})"
+    return (
+        f"{100 * row['mass_mean']:.1f} ({' / '.join(number(v and 100 * v, '.1f') for v in others)})"
+    )
 
 
 def ablation_table(rows: list[dict[str, Any]], run: str) -> tables.Table:
@@ -366,8 +367,8 @@ def ablation_table(rows: list[dict[str, Any]], run: str) -> tables.Table:
         "(bold); settings are those that the runs were trained with.",
         "Difference from base: mean over the seeds that both have, in points of accuracy, with its 95 % interval "
         "(paired, Student's t) from three seeds on.",
-        "Mass held: share of the mean attention map that lies in the selected blocks, mean over layers and seeds (in the "
-        "best blocks of the same number / in as many random ones).",
+        "Mass held: share of the mean attention map that lies in the selected blocks, mean over layers and seeds "
+        "(in the best blocks of the same number / in as many random ones).",
     )
     return tables.make_table(f"Run {run}: ablations.", columns, rows, differs, notes)
 
@@ -474,9 +475,7 @@ def pair(row: dict[str, Any], first: str, second: str, spec: str) -> str:
 
 def preparation_rows(benchmarks: Path) -> list[dict[str, Any]]:
     """Steps before the trainings, in the order in which data flow."""
-    return [
-        {"step": name} | read_benchmark(path) for name, path in preparation_steps(benchmarks)
-    ]
+    return [{"step": name} | read_benchmark(path) for name, path in preparation_steps(benchmarks)]
 
 
 def preparation_steps(benchmarks: Path) -> Iterator[tuple[str, Path]]:
