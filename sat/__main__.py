@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from sat import config as settings
+from sat import failure
 from sat.launch import with_allocator_settings
 
 
@@ -105,7 +106,16 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         if options.mode == "train":
-            train(resolved, data_dir, output_dir, device=options.device, threads=options.threads)
+            (output_dir / failure.FILE).unlink(missing_ok=True)
+            try:
+                train(
+                    resolved, data_dir, output_dir, device=options.device, threads=options.threads
+                )
+            except (settings.ConfigError, DataError):
+                raise  # nothing has run
+            except Exception as error:
+                failure.record(output_dir, resolved, error)
+                raise
         else:
             print(
                 json.dumps(

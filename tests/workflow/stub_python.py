@@ -20,6 +20,11 @@ FILES = {
         "model.safetensors",
         "pattern.safetensors",
     ],
+    "compare.py": [
+        f"{name}.{form}"
+        for name in ("published", "ablation", "cost", "preparation")
+        for form in ("csv", "md", "tex")
+    ],
     "collect.py": ["table.csv", "table.md", "table.tex"],
     "figures.py": ["accuracy.svg", "pattern.svg"],
 }

@@ -27,6 +27,7 @@ ENVIRONMENTS_OF_RULE = {
     "compile": ["torch"],
     "train": ["torch"],
     "collect": ["report"],
+    "compare": ["report"],
     "draw": ["report"],
 }
 
@@ -49,10 +50,10 @@ def figures_of(*tasks):
 
 # None: no target is named.
 TARGETS = {
-    None: runs_of(*TASKS) | figures_of(*TASKS) | {"collect"},
+    None: runs_of(*TASKS) | figures_of(*TASKS) | {"collect", "compare"},
     "data": data_of(*TASKS),
     "kernels": {"compile_kernels"},
-    "table": runs_of(*TASKS) | {"collect"},
+    "table": runs_of(*TASKS) | {"collect", "compare"},
     "figures": runs_of(*TASKS) | figures_of(*TASKS),
     "cifar10": runs_of("image") | figures_of("image"),
 } | {task: runs_of(task) | figures_of(task) for task in TASKS}
