@@ -5,7 +5,8 @@
     config.json           the settings, whole
     history.jsonl         every step, evaluation and the transition
     model.safetensors     weights of the best evaluation on dev within the phase in which the run ended
-    pattern.safetensors   the block mask of every layer (no tensor when the run stayed dense)
+    pattern.safetensors   layer_<i>: the block mask of a layer; pooled_layer_<i>: the mean attention map of the last
+                          dense step, pooled to blocks (no tensor when the run stayed dense)
     tensorboard/          the curves
     metrics.json          what the results table is made from; written last
 
@@ -38,6 +39,8 @@ from sat.pattern import describe, floodfill_score, pool, select_blocks, static_s
 from sat.transition import MapStatistics, pattern_loss, transition_reason
 
 GRADIENT_LIMIT = 1.0
+# What sat.load needs of the manifest to encode new inputs as the preprocessing does.
+INPUT_KEYS = ("input_type", "id_offset", "max_length", "options", "symbols", "classes")
 
 
 class TrainingFailed(RuntimeError):
@@ -110,6 +113,7 @@ class Training:
         self.phase = "dense"
         self.masks: list[torch.Tensor] | None = None
         self.pattern_report: dict | None = None  # what metrics.json says of the masks
+        self.pooled_maps: list[torch.Tensor] | None = None  # [n, n] a layer, of the last dense step
         self.map_statistics = MapStatistics(config.transition.ema)
         self.pooled_sum: list[torch.Tensor] | None = None
         self.num_pooled = 0
@@ -242,6 +246,7 @@ class Training:
             for score in scores
         ]
         self.pattern_report = describe(self.masks, model.block_size, maps)
+        self.pooled_maps = maps and [pool(a, model.block_size).float() for a in maps]
 
     def evaluate(self, split: data.Split, step: int) -> dict:
         """Score dev after `step` steps and keep the weights when they are the best of this phase."""
@@ -366,6 +371,7 @@ def train(
         "seed": config.seed,
         "data": manifest["data"],
         "num_inputs": manifest["num_inputs"],
+        "input": {key: manifest.get(key) for key in INPUT_KEYS},
         "test": test | {"chance": chance(manifest), "baseline": baseline(config.task, splits)},
         "dev": training.best,
         "transition_rule": config.transition.rule,
@@ -391,6 +397,9 @@ def train(
     patterns = {
         f"layer_{i}": mask.to(torch.uint8).cpu().contiguous()
         for i, mask in enumerate(training.masks or [])
+    } | {
+        f"pooled_layer_{i}": pooled.cpu().contiguous()
+        for i, pooled in enumerate(training.pooled_maps or [])
     }
     _write(output_dir / "config.json", lambda path: path.write_text(_json(settings)))
     _write(
