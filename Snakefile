@@ -3,7 +3,8 @@
 #   snakemake --cores 8 --use-conda all                            the whole real run
 #   snakemake all --cores 2 --configfile config/demo.yaml          the offline demo
 #   snakemake --cores 8 --use-conda listops                        one task
-#   snakemake --cores 1 table                                      the results table
+#   snakemake --cores 1 table                                      the results tables
+#   snakemake --cores 1 report                                     tables, figures and sources in one HTML file
 #   snakemake --cores 1 --use-conda benchmark                      time and memory of attention
 #
 # workflow/rules/ holds the rules in the order in which the data flow, config/config.yaml the settings.
@@ -65,10 +66,13 @@ localrules:
     compare,
     data,
     draw_figures,
+    draw_summary,
     kernels,
     figures,
+    report,
     table,
     table_so_far,
+    write_report,
 
 
 rule all:
@@ -76,6 +80,7 @@ rule all:
     input:
         rules.table.input,
         rules.figures.input,
+        rules.report.input,
 
 
 rule data:
@@ -116,8 +121,8 @@ onsuccess:
     if any(job.name == "collect" for job in workflow.dag.jobs) and _table.is_file():
         print(f"\n{_table.read_text()}", file=sys.stderr)
     print(
-        f"Table: {RESULTS}/table.{{csv,md,tex}}, tables/   Figures: {RESULTS}/figures/<task>/   "
-        f"Logs: {RESULTS}/logs/",
+        f"Report: {RESULTS}/report.html   Table: {RESULTS}/table.{{csv,md,tex}}, tables/   "
+        f"Figures: {RESULTS}/figures/<task>/   Logs: {RESULTS}/logs/",
         file=sys.stderr,
     )
 

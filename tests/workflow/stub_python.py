@@ -26,7 +26,16 @@ FILES = {
         for form in ("csv", "md", "tex")
     ],
     "collect.py": ["table.csv", "table.md", "table.tex"],
-    "figures.py": ["accuracy.svg", "pattern.svg"],
+    "figures.py": [
+        f"{name}.{form}"
+        for name in ("accuracy", "loss", "time", "statistics", "pattern", "mass")
+        for form in ("svg", "png")
+    ],
+    "summary_figures.py": [
+        f"{name}.{form}"
+        for name in ("summary", "speed", "memory", "preparation")
+        for form in ("svg", "png")
+    ],
 }
 
 
@@ -42,6 +51,8 @@ def main(arguments: list[str]) -> None:
         outputs = [
             Path(options["--data-dir"], *options["--builder"].split(":"), "dataset_info.json")
         ]
+    elif "--output" in options:
+        outputs = [Path(options["--output"])]
     else:
         outputs = [Path(options["--output-dir"], name) for name in FILES[step]]
     for output in outputs:

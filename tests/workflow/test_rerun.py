@@ -12,8 +12,9 @@ TRAININGS = {
     for attention in ("softmax", "sat")
 }
 LISTOPS_TRAININGS = {name for name in TRAININGS if " listops " in name}
-RESULTS = {"collect", "compare", "draw_figures listops", "draw_figures image"}
-LISTOPS_RESULTS = {"collect", "compare", "draw_figures listops"}
+SUMMARIES = {"collect", "compare", "draw_summary", "write_report"}
+RESULTS = SUMMARIES | {"draw_figures listops", "draw_figures image"}
+LISTOPS_RESULTS = SUMMARIES | {"draw_figures listops"}
 PREPROCESSING = {"prepare_cifar10", "preprocess listops", "preprocess image"}
 DOWNLOADS = {"download lra_release.gz", "download cifar-10-binary.tar.gz"}
 EVERYTHING = DOWNLOADS | {"extract"} | PREPROCESSING | {"compile_kernels"} | TRAININGS | RESULTS

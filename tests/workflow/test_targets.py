@@ -29,6 +29,7 @@ ENVIRONMENTS_OF_RULE = {
     "collect": ["report"],
     "compare": ["report"],
     "draw": ["report"],
+    "write": ["report"],
 }
 
 
@@ -48,13 +49,18 @@ def figures_of(*tasks):
     return {f"draw_figures {task}" for task in tasks}
 
 
+TABLES = {"collect", "compare"}
+SUMMARIES = TABLES | {"draw_summary", "write_report"}
+
+
 # None: no target is named.
 TARGETS = {
-    None: runs_of(*TASKS) | figures_of(*TASKS) | {"collect", "compare"},
+    None: runs_of(*TASKS) | figures_of(*TASKS) | SUMMARIES,
     "data": data_of(*TASKS),
     "kernels": {"compile_kernels"},
-    "table": runs_of(*TASKS) | {"collect", "compare"},
-    "figures": runs_of(*TASKS) | figures_of(*TASKS),
+    "table": runs_of(*TASKS) | TABLES,
+    "figures": runs_of(*TASKS) | figures_of(*TASKS) | {"draw_summary"},
+    "report": runs_of(*TASKS) | figures_of(*TASKS) | SUMMARIES,
     "cifar10": runs_of("image") | figures_of("image"),
 } | {task: runs_of(task) | figures_of(task) for task in TASKS}
 
@@ -87,7 +93,8 @@ def test_jobs_name_their_environments(plans):
 def test_demo_stays_in_its_folders(fresh):
     jobs = fresh.jobs("all", configfile="config/demo.yaml")
     assert {job.name for job in jobs} == (
-        {"demo_archives", "extract", "compile_kernels", "collect"}
+        {"demo_archives", "extract", "compile_kernels"}
+        | SUMMARIES
         | {f"preprocess {task}" for task in TASKS}
         | trainings_of(*TASKS, seeds=[1001])
         | figures_of(*TASKS)

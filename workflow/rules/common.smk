@@ -70,7 +70,21 @@ RUN_FILES = [
 RUN_FOLDER = f"{RESULTS}/runs/{{task}}/{{attention}}/seed{{seed}}"
 TABLES = f"{RESULTS}/tables"
 ORDER = json.dumps({key: config[key] for key in ("run", "tasks", "attentions", "seeds")})
-FIGURES = ["accuracy.svg", "pattern.svg"]
+# Figures of a task and of the whole run set, with their names in the report of Snakemake.
+FIGURES = {
+    "accuracy": "accuracy over steps",
+    "loss": "loss over steps",
+    "time": "accuracy over time",
+    "statistics": "statistics of the switch",
+    "pattern": "map and pattern",
+    "mass": "share of attention held",
+}
+SUMMARIES = {
+    "summary": "test accuracy",
+    "speed": "time of a step",
+    "memory": "peak memory",
+    "preparation": "cost of preparation",
+}
 
 
 # Which Python runs a job. With --use-conda Snakemake makes and activates the environment; without it, .venvs/<name> is
@@ -96,6 +110,11 @@ def in_root(wildcards, input):
 def parent_of(name):
     """A params function: the folder of the output `name`, for programs that are told where to write."""
     return lambda wildcards, output: str(Path(getattr(output, name)).parent)
+
+
+def first_folder(wildcards, output):
+    """The folder of the first output."""
+    return str(Path(output[0]).parent)
 
 
 def make_environments():
@@ -138,6 +157,11 @@ def runs_folder(wildcards, input):
     return shlex.quote(str(Path(input.metrics[0]).parents[3]))
 
 
+def results_folder(wildcards, input):
+    """The folder above that; not recorded."""
+    return shlex.quote(str(Path(input.metrics[0]).parents[4]))
+
+
 @functools.cache
 def settings_of_any_seed(task, attention):
     return settings.resolve(config, task, attention, config["seeds"][0])
@@ -172,7 +196,8 @@ def runs_of(task):
 
 
 def figures_of(task):
-    return expand(f"{RESULTS}/figures/{{task}}/{{figure}}", task=task, figure=FIGURES)
+    names = [f"{name}.{form}" for form in ("svg", "png") for name in FIGURES]
+    return expand(f"{RESULTS}/figures/{{task}}/{{name}}", task=task, name=names)
 
 
 METRICS = [path for task in TASKS for path in metrics_of(task)]
