@@ -30,6 +30,7 @@ EFFICIENT = {
     name: f"sat.efficient:{name.capitalize()}"
     for name in ("nystromformer", "linformer", "performer", "reformer", "skyformer")
 }
+PIXEL_TASKS = ("image", "pathfinder")
 STATIC_PATTERNS = ("local", "bigbird", "random")
 
 
@@ -416,6 +417,10 @@ class RunConfig:
             raise ConfigError(
                 f"task {config.task}: training.num_init_steps {first} is more than "
                 f"training.num_dense_train_steps {last}"
+            )
+        if model.zero_pixel_is_padding and config.task not in PIXEL_TASKS:
+            raise ConfigError(
+                f"task {config.task}: model.zero_pixel_is_padding is for pixels: {', '.join(PIXEL_TASKS)}"
             )
         if model.zero_pixel_is_padding and model.pooling_mode == "CLS":
             raise ConfigError(

@@ -1,5 +1,6 @@
 """Fixtures that several test modules use."""
 
+import json
 import os
 import subprocess
 import sys
@@ -39,3 +40,46 @@ def tf_python():
     if not python.exists():
         pytest.skip(f"no TensorFlow environment: {python} does not exist (make test makes it)")
     return python
+
+
+# Runs programs one after the other: lines [program, data] come in, lines [its `result`, traceback] go out.
+PROGRAMS = """
+import json, sys, traceback
+replies, sys.stdout = sys.stdout, sys.stderr
+for line in sys.stdin:
+    program, data = json.loads(line)
+    names = {"data": data}
+    try:
+        exec(program, names)
+        reply = [names["result"], None]
+    except Exception:
+        reply = [None, traceback.format_exc()]
+    print(json.dumps(reply), file=replies, flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def in_tensorflow(tf_python):
+    """A function (program, data) -> what the program leaves in `result`.
+
+    The programs run in one process of the TensorFlow environment, which takes seconds to start; `data` and `result` are
+    what JSON can hold, and `import preprocess` finds the scripts.
+    """
+    scripts = str(ROOT / "workflow" / "scripts")
+    with subprocess.Popen(
+        [tf_python, "-c", PROGRAMS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"PYTHONPATH": scripts},
+    ) as process:
+
+        def run(program: str, data: object = None) -> object:
+            print(json.dumps([program, data]), file=process.stdin, flush=True)
+            result, error = json.loads(process.stdout.readline())
+            assert error is None, error
+            return result
+
+        yield run
+        process.stdin.close()

@@ -4,16 +4,37 @@ The generator is that of csrc/sat_kernels.h: a factor depends on the seed and on
 weight only, so nothing of the size of the weights is kept.
 """
 
+import contextlib
 import ctypes
 
 import torch
 
 _WORD = 0xFFFFFFFF
+_STEP = 0x9E3779B97F4A7C15  # between the seeds of two rows
+# Of the sequences at hand, the first one's place in the whole batch. A tensor, so that torch.compile
+# reads it anew.
+_first_sequence = torch.zeros((), dtype=torch.int64)
 
 
-def draw_seed() -> torch.Tensor:
-    """A seed, int64 [] on the CPU, from torch's default generator: torch.manual_seed repeats it."""
-    return torch.randint(2**63 - 1, ())
+@contextlib.contextmanager
+def sequences_from(first: int):
+    """The sequences that a model sees are those of a larger batch from `first` on.
+
+    They drop what they would drop as part of the whole batch when the generator is in the same state.
+    """
+    _first_sequence.fill_(first)
+    try:
+        yield
+    finally:
+        _first_sequence.fill_(0)
+
+
+def draw_seed(rows: int) -> torch.Tensor:
+    """A seed, int64 [] on the CPU, from torch's default generator: torch.manual_seed repeats it.
+
+    rows: of one sequence, heads * length for attention weights; see `sequences_from`.
+    """
+    return torch.randint(2**63 - 1, ()) + _signed(_STEP) * (_first_sequence * rows)
 
 
 def _signed(x: int) -> int:
@@ -40,7 +61,7 @@ def factors(
     Returns: float32.
     """
     # int64 wraps as the unsigned numbers of the definition do
-    z = seed.to(pairs.device) + _signed(0x9E3779B97F4A7C15) * (pairs * length + rows + 1)
+    z = seed.to(pairs.device) + _signed(_STEP) * (pairs * length + rows + 1)
     z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
     z = z ^ _shift(z, 31)

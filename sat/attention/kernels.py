@@ -26,7 +26,8 @@ MAX_CUDA_WIDTH = 256
 BUILD_COMMAND = "snakemake --cores 1 kernels"
 PROJECT = Path(__file__).resolve().parents[2]
 
-ERRORS = {-1: "bad argument", -2: "out of memory", -3: "not supported"}
+OUT_OF_MEMORY = -2
+ERRORS = {-1: "bad argument", OUT_OF_MEMORY: "out of memory", -3: "not supported"}
 
 
 class KernelLibraryError(Exception):
@@ -112,7 +113,7 @@ def _problem(q, key_lengths, query_lengths, denominator, dropout_p, seed) -> byt
         DENOMINATORS.index(denominator),
         DTYPES.index(q.dtype),
         dropout_p,
-        seed.item() if dropout_p > 0 else 0,
+        seed.item() % 2**64 if dropout_p > 0 else 0,
     )
 
 
@@ -132,7 +133,8 @@ def _call(name: str, like: torch.Tensor, *arguments) -> None:
         library.sat_set_num_threads(torch.get_num_threads())
         status = getattr(library, name)(*arguments, None)
     if status:
-        raise RuntimeError(f"{name} on {device_type}: {ERRORS.get(status, f'error {status}')}")
+        kind = torch.OutOfMemoryError if status == OUT_OF_MEMORY else RuntimeError
+        raise kind(f"{name} on {device_type}: {ERRORS.get(status, f'error {status}')}")
 
 
 def _new_like(x: torch.Tensor) -> torch.Tensor:

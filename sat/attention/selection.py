@@ -35,7 +35,7 @@ def unavailable(backend: str) -> str | None:
 
 def run_block_sparse(backend, q, k, v, block_mask, block_size, lengths, denominator, dropout_p):
     """Output and log-sum-exp from a backend, which is not "auto"."""
-    seed = dropout.draw_seed() if dropout_p > 0 else None
+    seed = dropout.draw_seed(q.shape[1] * q.shape[2]) if dropout_p > 0 else None
     if backend == "reference":
         return reference.block_sparse_attention(
             q, k, v, block_mask, block_size, lengths, denominator, dropout_p, seed
@@ -51,7 +51,7 @@ def run_block_sparse(backend, q, k, v, block_mask, block_size, lengths, denomina
 
 def run_dense(backend, q, k, v, lengths, padded_queries, return_map, dropout_p):
     """Output and mean map (or None) from a backend, which is not "auto"."""
-    seed = dropout.draw_seed() if dropout_p > 0 else None
+    seed = dropout.draw_seed(q.shape[1] * q.shape[2]) if dropout_p > 0 else None
     if backend == "reference":
         return reference.dense_attention(
             q, k, v, lengths, padded_queries, return_map, dropout_p, seed

@@ -1,5 +1,6 @@
 """The door of sat.attention: the formulas, the checks, the choice of the backend."""
 
+import functools
 import math
 
 import pytest
@@ -192,6 +193,31 @@ def test_dropout_of_the_backward_is_that_of_the_forward():
     (dv,) = torch.autograd.grad(o, v, d_o)
     # o is linear in v, with the weights that were drawn
     torch.testing.assert_close((o * d_o).sum(), (v * dv).sum())
+
+
+def test_parts_of_a_batch_drop_what_the_whole_batch_drops():
+    inputs = make_inputs(torch.float32)
+    whole, state = [], torch.get_rng_state()
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    for backend in ("reference", "auto"):
+        for call in (
+            functools.partial(attention.dense_attention, backend=backend, dropout_p=0.4),
+            functools.partial(
+                attention.block_sparse_attention,
+                block_mask=mask,
+                block_size=BLOCK,
+                backend=backend,
+                dropout_p=0.4,
+            ),
+        ):
+            parts = []
+            for first, last in ((0, B), (0, 1), (1, B)):
+                torch.set_rng_state(state)
+                with dropout.sequences_from(first):
+                    parts.append(call(*(x[first:last] for x in inputs)))
+            torch.testing.assert_close(torch.cat(parts[1:]), parts[0])
+            whole.append(parts[0])
+    torch.testing.assert_close(whole[0], whole[2])
 
 
 def definition_of_dropout(seed, place, column, threshold):

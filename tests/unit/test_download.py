@@ -306,20 +306,19 @@ def test_server_that_promises_less_than_it_has(server, tmp_path):
     assert left(tmp_path) == []
 
 
-def test_disk_that_fills_up_during_the_download(server, tmp_path, monkeypatch):
-    """curl ends with 23 when it cannot write; what is there stays for the next attempt."""
-    real = download.curl
-
-    def full(url, part):
-        part.write_bytes(BODY[:1000])
-        return 23, 200, "Failure writing output to destination"
-
-    monkeypatch.setattr(download, "curl", full)
-    with pytest.raises(ValueError, match="Failure writing output"):
-        fetch(source(f"{server.url}/good"), tmp_path)
+def test_disk_that_fills_up_during_the_download(server, tmp_path):
+    """/dev/full stands in for the disk: curl ends with 23. What is there stays for the next attempt."""
+    url = f"{server.url}/good"
+    (tmp_path / "archives").mkdir()
+    name = f"set.gz.{hashlib.sha256(url.encode()).hexdigest()[:8]}.part"
+    part = tmp_path / "archives" / name
+    part.symlink_to("/dev/full")
+    with pytest.raises(ValueError, match="curl exit 23"):
+        fetch(source(url), tmp_path)
     assert not (tmp_path / "archives" / "set.gz").exists()
-    monkeypatch.setattr(download, "curl", real)
-    output, _ = fetch(source(f"{server.url}/good"), tmp_path)
+    part.write_bytes(BODY[:1000])
+    server.requests.clear()
+    output, _ = fetch(source(url), tmp_path)
     assert output.read_bytes() == BODY
     assert server.requests == [("/good", "bytes=1000-")]
 

@@ -2,6 +2,8 @@
 
 import gzip
 import io
+import resource
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -10,7 +12,6 @@ from pathlib import Path
 import demo_archives
 import extract
 import pytest
-from lra.files import run_script
 
 LEVEL = "curv_contour_length_14"
 INNER = "lra_release/lra_release"
@@ -288,18 +289,48 @@ def test_folder_instead_of_an_archive(tmp_path):
     assert (tmp_path / "raw/listops/basic_test.tsv").read_bytes() == b"inner test"
 
 
-def test_full_disk_leaves_nothing_and_is_one_line(tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+def limited(command: list, size: int) -> subprocess.CompletedProcess:
+    """Run a command that can write no file beyond `size` bytes: a stand-in for a full disk."""
 
-    archive = pack(tmp_path / "a.gz", members())
-    monkeypatch.setattr(extract, "append", full)
-    arguments = ["extract.py", "--archive", str(archive), "--output-dir", str(tmp_path / "raw")]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--level", LEVEL])
-    with pytest.raises(SystemExit) as stopped:
-        run_script(extract.main)
-    assert stopped.value.code == "error: [Errno 28] No space left on device"
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+
+
+@pytest.mark.parametrize("size", [1000, 50_000, 100_000])
+def test_disk_that_fills_up_leaves_nothing_and_is_one_line(tmp_path, size):
+    """The limit is reached in Pathfinder's tar, in a TSV file, at the end of one."""
+    archive = pack(tmp_path / "a.tar", members())
+    command = [sys.executable, extract.__file__, "--archive", archive, "--level", LEVEL]
+    command += ["--output-dir", tmp_path / "raw"]
+    done = limited(command, size)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
     assert outputs(tmp_path / "raw") == []
-    monkeypatch.undo()
-    extract.extract(archive, tmp_path / "raw", LEVEL)
+    subprocess.run(command, check=True, capture_output=True)
     assert outputs(tmp_path / "raw") == OUTPUTS
+
+
+def test_disk_that_fills_up_with_a_tfds_folder(tmp_path):
+    archive = pack(tmp_path / "a.tar", tfds_members())
+    command = [sys.executable, extract.__file__, "--archive", archive]
+    command += ["--tfds", "pathfinder32/1.0.0", "--output-dir", tmp_path / "tfds"]
+    assert limited(command, 1000).stderr.splitlines()[-1].startswith("error: ")
+    assert outputs(tmp_path / "tfds") == []
+
+
+@pytest.mark.parametrize("free", [0, 10_000])
+def test_room_on_the_disk_is_checked_before_a_member_is_written(tmp_path, monkeypatch, free):
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(extract.shutil, "disk_usage", lambda _: usage)
+    archive = pack(tmp_path / "a.gz", members())
+    refuses(archive, tmp_path / "raw", f"bytes in {tmp_path / 'raw'}, {free:,} are free: make room")
+    pairs = f"new_aan_pairs.train.tsv needs {len('pairs train') * 9999:,} bytes"
+    if free:
+        refuses(archive, tmp_path / "raw", pairs)
+    archive = pack(tmp_path / "b.gz", tfds_members())
+    if not free:
+        with pytest.raises(ValueError, match="0 are free"):
+            extract.extract_tfds(archive, tmp_path / "tfds", "pathfinder32/1.0.0")
+        assert outputs(tmp_path / "tfds") == []

@@ -110,6 +110,18 @@ def test_rerun(finished, change):
     assert finished.planned("all") == CHANGES[change]
 
 
+def test_an_edit_of_ones_own_attention_trains_it_again(finished):
+    finished.append("own.py", "class Attention: pass\n")
+    finished.append("config/attentions/own.yaml", 'model: {attention: "own:Attention"}\n')
+    finished.configure(attentions=["softmax", "sat", "own"])
+    trainings = {"train listops own 1001", "train image own 1001"}
+    assert finished.planned("all") == trainings | RESULTS
+    finished.run("all")
+    assert finished.planned("all") == set()
+    finished.append("own.py")
+    assert finished.planned("all") == trainings | RESULTS
+
+
 def test_switching_to_conda_reruns_nothing(finished, conda):
     assert finished.planned("all", "--use-conda", path=conda) == set()
 

@@ -172,6 +172,13 @@ def settings_of(task, attention, seed):
     return settings_of_any_seed(task, attention) | {"seed": int(seed)}
 
 
+def own_attention(wildcards):
+    """The file of an attention of one's own (package.module:Class), where it lies beside the Snakefile."""
+    name = settings_of_any_seed(wildcards.task, wildcards.attention)["model"]["attention"]
+    path = Path(*name.split(":")[0].split(".")).with_suffix(".py")
+    return local(str(path)) if ":" in name and path.is_file() else []
+
+
 def settings_of_runs():
     """Digest of every training's settings: a run that was trained with others by hand gets no row.
 

@@ -5,6 +5,7 @@ rule train:
     input:
         env=local("envs/torch.yaml"),
         sources=SAT,
+        own=own_attention,
         schema=local(settings.SCHEMA),
         kernels=rules.compile_kernels.output,
         data=rules.preprocess.output,
@@ -34,6 +35,6 @@ rule train:
         kernels=lambda wildcards, input: str(Path(input.kernels[0]).parent),
         folder=parent_of("metrics"),
     shell:
-        "PYTHONPATH={params.root:q} {params.python} -m sat --mode train --settings {params.settings:q} "
+        "PYTHONPATH={params.root:q}${{PYTHONPATH:+:$PYTHONPATH}} {params.python} -m sat --mode train --settings {params.settings:q} "
         "--data-dir {params.data} --output-dir {params.folder} --kernels {params.kernels} --threads {threads} "
         "> {log} 2>&1"

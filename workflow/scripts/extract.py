@@ -66,6 +66,7 @@ def extract_tfds(archive: Path, output_dir: Path, name: str) -> None:
             depth = match["root"].count("/")
             if depth >= depths.get(match["file"], -1):
                 depths[match["file"]] = depth
+                check_space(archive, info, scratch)
                 with open(scratch / match["file"], "wb") as file:
                     copy_bytes(archive, info, stream, file)
         if "dataset_info.json" not in depths:
@@ -105,6 +106,7 @@ def copy_members(archive: Path, scratch: Path, level: str) -> None:
                 continue
             depths[str(path)] = depth
             path.parent.mkdir(exist_ok=True)
+            check_space(archive, info, scratch)
             if family != "pathfinder":
                 with open(path, "wb") as file:
                     copy_bytes(archive, info, stream, file)
@@ -145,6 +147,19 @@ def copy_bytes(archive: Path, info: tarfile.TarInfo, stream: BinaryIO, file: Bin
             raise ValueError(f"{archive} is cut or corrupt: it ends in {info.name}. {AGAIN}")
         file.write(chunk)
         remaining -= len(chunk)
+
+
+def check_space(archive: Path, info: tarfile.TarInfo, folder: Path) -> None:
+    """ValueError when the disk has no room for a member, before any of it is written.
+
+    How much all members need is known at the end of the archive only: gzip does not say how large a tar is.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < info.size:
+        raise ValueError(
+            f"{archive}: {info.name} needs {info.size:,} bytes in {folder.parent}, {free:,} are free: "
+            "make room or link the folder to a larger disk"
+        )
 
 
 def check_plain(archive: Path, info: tarfile.TarInfo) -> None:

@@ -255,12 +255,12 @@ def open_task(
         batches = {split: data.read(split, options["image_size"], caps[split]) for split in SPLITS}
     else:
         folder = run_data / "tfds" / TFDS_FOLDERS[source]
-        parts = {"train": ("train", 0, 1), "test": ("test", 0, 1)}
+        parts = {"train": ("train", 0, 100), "test": ("test", 0, 100)}
         if task == "image":
-            parts |= {"train": ("train", 0, 0.9), "dev": ("train", 0.9, 1)}
+            parts |= {"train": ("train", 0, 90), "dev": ("train", 90, 100)}
         elif task == "pathfinder":
             name = PATHFINDER_SALTS[options["level"]]
-            parts = {"train": (name, 0, 0.8), "dev": (name, 0.8, 0.9), "test": (name, 0.9, 1)}
+            parts = {"train": (name, 0, 80), "dev": (name, 80, 90), "test": (name, 90, 100)}
         elif options["dev_split"] == "lra":
             parts["dev"] = parts["test"]
         num_classes = TASKS[task]["num_classes"]

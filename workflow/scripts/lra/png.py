@@ -1,4 +1,4 @@
-"""Decode small PNGs with OpenCV."""
+"""Decode small PNGs with OpenCV, to what tf.io.decode_png makes of them."""
 
 import struct
 from collections.abc import Sequence
@@ -8,11 +8,13 @@ import numpy as np
 from .encode import to_gray
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-GRAY, RGB = 0, 2  # PNG colour types
+GRAY, RGB, PALETTE = 0, 2, 3  # PNG colour types; the others have transparency
+EMPTY = "image is empty"
+TRANSPARENT = "PNG with transparency, expected gray or RGB"
 
 
 def decode_pngs(files: Sequence[bytes], side: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """Gray pixels of PNG files of 8 bits a channel, RGB turned to gray as TensorFlow does.
+    """Gray pixels of PNG files without transparency, colours turned to gray as TensorFlow does.
 
     Returns the images that could be read, uint8 [m, side, side], their positions in `files` [m], and why the
     others could not, by position. No file makes more than its side * side pixels of memory.
@@ -20,7 +22,8 @@ def decode_pngs(files: Sequence[bytes], side: int) -> tuple[np.ndarray, np.ndarr
     import cv2
 
     images = np.zeros((len(files), side, side), np.uint8)
-    colours: list[tuple[int, np.ndarray]] = []
+    colours = np.zeros((len(files), side, side, 3), np.uint8)
+    coloured: list[int] = []
     faults: dict[int, str] = {}
     for position, data in enumerate(files):
         # The header first: a few bytes can claim to be gigabytes of pixels.
@@ -30,24 +33,29 @@ def decode_pngs(files: Sequence[bytes], side: int) -> tuple[np.ndarray, np.ndarr
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if pixels is None or pixels.shape[:2] != (side, side):
             faults[position] = "broken PNG"
-        elif pixels.ndim == 2:
+            continue
+        if pixels.dtype == np.uint16:
+            pixels = (pixels >> 8).astype(np.uint8)
+        if pixels.ndim == 2:
             images[position] = pixels
+        elif pixels.shape[2] != 3:
+            faults[position] = TRANSPARENT
         else:
-            colours.append((position, pixels[..., 2::-1]))  # OpenCV has blue first
-    if colours:
-        positions, pixels = zip(*colours, strict=True)
-        images[list(positions)] = to_gray(np.stack(pixels))
+            colours[len(coloured)] = pixels
+            coloured.append(position)
+    # OpenCV has blue first.
+    images[coloured] = to_gray(colours[: len(coloured), ..., ::-1])
     good = np.setdiff1d(np.arange(len(files)), list(faults))
     return (images[good] if faults else images), good, faults
 
 
 def header_fault(data: bytes, side: int) -> str | None:
-    """What is wrong with the header of a PNG that should have side * side pixels, gray or RGB."""
+    """What is wrong with the header of a PNG that should have side * side pixels, gray, RGB or of a palette."""
+    if not data:
+        return EMPTY
     if len(data) < 33 or data[:8] != SIGNATURE or data[12:16] != b"IHDR":
         return "broken PNG: no header"
-    width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
+    width, height, _, colour = struct.unpack_from(">IIBB", data, 16)
     if (width, height) != (side, side):
         return f"image of {width}x{height}, expected {side}x{side}"
-    if depth != 8 or colour not in (GRAY, RGB):
-        return f"PNG of {depth} bits and colour type {colour}, expected 8 bits, gray or RGB"
-    return None
+    return None if colour in (GRAY, RGB, PALETTE) else TRANSPARENT

@@ -28,7 +28,7 @@ from .encode import (
 )
 from .files import require
 from .order import choose_capped, tfds_order
-from .png import decode_pngs
+from .png import EMPTY, decode_pngs
 from .tfds_folder import count_examples, read_examples
 
 READ_BYTES = 1 << 20
@@ -147,8 +147,8 @@ def lines_of(path: Path) -> Iterator[tuple[bytearray, int, int]]:
 
 # ---------------------------------------------------------------- data sets of TFDS
 
-# A part of a TFDS split: its name, and the shares of its records at which the part starts and ends.
-Part = tuple[str, float, float]
+# A part of a TFDS split: its name, and the percentages of its records at which the part starts and ends.
+Part = tuple[str, int, int]
 
 
 def read_tfds_text(
@@ -167,17 +167,20 @@ def read_tfds_images(
     name, start, stop = edges_of(folder, part)
     taken = None
     if cap is not None:
-        seen = labelled_examples(folder, name, start, stop, None, num_classes, Refused())
-        numbers, labels = [], []
-        for some_numbers, some_labels, _ in seen:
-            numbers.append(some_numbers)
-            labels.append(some_labels)
-        if not numbers:
-            return
+        seen = labelled_examples(folder, name, start, stop, "image", num_classes, refused)
+        numbers, labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for some_numbers, some_labels, images in seen:
+            there = images.astype(bool)
+            for number in some_numbers[~there].tolist():
+                refused.add(f"{folder.parent.name} {name}", number, EMPTY)
+            numbers.append(some_numbers[there])
+            labels.append(some_labels[there])
         numbers, labels = np.concatenate(numbers), np.concatenate(labels)
         taken = numbers[choose_capped(labels, np.arange(len(labels)), cap)]
         stop = int(taken.max(initial=start))
-    examples = labelled_examples(folder, name, start, stop, "image", num_classes, refused)
+    # What is refused was noted when the labels were counted.
+    noted = refused if taken is None else Refused()
+    examples = labelled_examples(folder, name, start, stop, "image", num_classes, noted)
     yield from decode_images(
         (
             (image, label, number)
@@ -199,9 +202,9 @@ def read_tfds_images(
 
 def edges_of(folder: Path, part: Part) -> tuple[str, int, int]:
     """The split of a part and the records at which the part starts and ends, rounded as TFDS does."""
-    name, *shares = part
+    name, *percents = part
     count = count_examples(folder, name)
-    start, stop = (round(count * share) for share in shares)
+    start, stop = (round(count * percent / 100) for percent in percents)
     return name, start, stop
 
 
@@ -210,14 +213,13 @@ def labelled_examples(
     split: str,
     start: int,
     stop: int,
-    feature: str | None,
+    feature: str,
     num_classes: int,
     refused: Refused,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Numbers, counted from 1, labels and a feature of the examples of a split whose label is one."""
     number = start + 1
-    features = ["label"] if feature is None else ["label", feature]
-    for examples in read_examples(folder, split, start, stop, features):
+    for examples in read_examples(folder, split, start, stop, ["label", feature]):
         labels = examples["label"]
         numbers = np.arange(number, number + len(labels))
         number += len(labels)
@@ -225,7 +227,7 @@ def labelled_examples(
         for index in np.flatnonzero(~good).tolist():
             reason = f"label {labels[index]} is not one of 0 to {num_classes - 1}"
             refused.add(f"{folder.parent.name} {split}", int(numbers[index]), reason)
-        yield numbers[good], labels[good], None if feature is None else examples[feature][good]
+        yield numbers[good], labels[good], examples[feature][good]
 
 
 def decode_images(
@@ -286,20 +288,16 @@ class PathfinderLevel:
         self.file_of, self.line_of = np.array(files), np.array(lines)
         self.offsets, self.sizes = look_up(images, np.array(named))
         for row in np.flatnonzero(self.sizes <= 0).tolist():
-            faults.setdefault(
-                row, "image is empty" if self.sizes[row] == 0 else "image is not in the archive"
-            )
+            faults.setdefault(row, EMPTY if self.sizes[row] == 0 else "image is not in the archive")
         if not keys:
             raise ValueError(f"{path} lists no examples: its metadata files are empty")
         self.labels = np.array(labels, np.uint8)
         usable = np.ones(len(keys), bool)
         usable[list(faults)] = False
         order = tfds_order(keys, salt)
-        # Shares of the usable rows, as TFDS never saw the others; a refused row belongs to the
-        # split in which its turn comes.
-        rank = np.cumsum(usable[order]) - usable[order]
-        edges = [round(usable.sum() * share) for share in (0.8, 0.9)]
-        split_of = np.searchsorted(edges, rank, side="right")
+        # Shares of all rows: TFDS packs an empty image too, and LRA leaves it out when the splits are cut.
+        edges = [round(len(keys) * percent / 100) for percent in (80, 90)]
+        split_of = np.searchsorted(edges, np.arange(len(keys)), side="right")
         self.splits: dict[str, np.ndarray] = {}
         self.refused: dict[str, Refused] = {}
         for index, name in enumerate(("train", "dev", "test")):
