@@ -58,11 +58,17 @@ def made_up(folder, config, num_blocks=4, num_layers=2, num_steps=300):
                 metrics = make_metrics(
                     task, attention, seed, accuracy=0.3 + 0.01 * (seed % 7), switch=switch
                 )
-                metrics["transition_rule"] = "start" if static else "settled" if learned else "never"
+                metrics["transition_rule"] = (
+                    "start" if static else "settled" if learned else "never"
+                )
                 if static:
                     metrics["phases"] = {"dense": None, "sparse": make_phase(20, 200)}
                 if switch:
-                    shares = {"mass": [0.1, 0.2], "best_mass": [0.3, 0.4], "random_mass": [0.05] * 2}
+                    shares = {
+                        "mass": [0.1, 0.2],
+                        "best_mass": [0.3, 0.4],
+                        "random_mass": [0.05] * 2,
+                    }
                     metrics["pattern"] |= {"num_blocks": num_blocks} | (shares if learned else {})
                 metrics["sources"] = [
                     {"name": "lra_release", "sha256": "a" * 64, "data": "generated"}
