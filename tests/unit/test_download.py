@@ -51,6 +51,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(BODY, limit=30_000 if tries == 1 else None)
         elif kind == "longer":
             self.answer(BODY, resumes=True, promised=len(BODY) + 1000)
+        elif kind == "huge":
+            self.answer(BODY, promised=10**15)
         elif kind == "silent":
             self.close_connection = True
         else:
@@ -253,6 +255,12 @@ def test_full_disk_is_found_before_the_download(server, tmp_path):
     assert server.requests == []
 
 
+def test_full_disk_is_found_where_the_server_alone_knows_the_size(server, tmp_path):
+    with pytest.raises(ValueError, match=r"curl exit 63.*bytes are free in .*make room"):
+        fetch(source(f"{server.url}/huge", bytes=None), tmp_path)
+    assert left(tmp_path) == []
+
+
 def test_command_line_reports_in_one_piece(server, tmp_path):
     command = [sys.executable, SCRIPT, "--output", tmp_path / "a" / "set.gz"]
     command += ["--record", tmp_path / "a" / "set.gz.source.json", "--source"]
@@ -313,7 +321,7 @@ def test_disk_that_fills_up_during_the_download(server, tmp_path):
     name = f"set.gz.{hashlib.sha256(url.encode()).hexdigest()[:8]}.part"
     part = tmp_path / "archives" / name
     part.symlink_to("/dev/full")
-    with pytest.raises(ValueError, match="curl exit 23"):
+    with pytest.raises(ValueError, match=r"curl exit 23.*bytes are free in .*make room"):
         fetch(source(url), tmp_path)
     assert not (tmp_path / "archives" / "set.gz").exists()
     part.write_bytes(BODY[:1000])

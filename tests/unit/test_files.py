@@ -1,5 +1,6 @@
 """What the data scripts share: progress on a terminal and in a log."""
 
+import os
 import sys
 
 import pytest
@@ -57,3 +58,17 @@ def test_log_has_a_line_now_and_then(monkeypatch):
 def test_error_has_a_line_of_its_own(monkeypatch, terminal):
     text = shown(monkeypatch, terminal, 0.1, fails=True)
     assert text.endswith("\n") == terminal
+
+
+def test_full_disk_is_one_line_with_the_next_step():
+    def write():
+        with open("/dev/full", "w", buffering=1) as file:
+            file.write("a line\n")
+
+    with pytest.raises(SystemExit) as stopped:
+        files.run_script(write)
+    reason = os.strerror(28)
+    assert (
+        stopped.value.code
+        == f"error: [Errno 28] {reason}: make room on the disk and run this again"
+    )

@@ -95,6 +95,7 @@ SHOWN_ELSEWHERE = {
     ("dataset", "level"): "test_training.py::test_option_labels",
     ("dataset", "image_size"): "test_preprocess.py::test_pathfinder_image_size_must_fit_max_length",
     ("model", "num_classes"): "test_training.py::test_model_and_data_must_fit",
+    ("training", "checkpoint_seconds"): "test_checkpoint.py::test_checkpoints_keep_their_distance",
 }
 # (task, attention, changes, words of the error)
 REFUSALS = [

@@ -56,6 +56,13 @@ def test_text_decodes_to_what_was_encoded(texts, max_length):
 
 
 @any_time
+@given(st.lists(st.binary(min_size=12, max_size=12), max_size=9))
+def test_images_decode_to_what_was_encoded(images):
+    pixels = np.frombuffer(b"".join(images), np.uint8).reshape(-1, 3, 4)
+    assert [bytes(row) for row in encode.encode_images(pixels).to_pylist()] == images
+
+
+@any_time
 @given(st.data())
 def test_both_ways_to_encode_listops_agree(data):
     """Good lines with a few bytes exchanged, inserted or taken out: the quick way says the same or nothing."""
@@ -858,6 +865,22 @@ def test_pairs_of_the_mirror(tmp_path):
     assert manifest["splits"]["dev"]["rows"] == 1
     with pytest.raises(ValueError, match="source of retrieval is 'cifar10', expected one of"):
         preprocess.preprocess("retrieval", config | {"source": "cifar10"}, tmp_path, tmp_path)
+
+
+def test_listops_from_files_put_there_by_hand(tmp_path):
+    make_listops(tmp_path)
+    run(tmp_path, "listops", 20)
+    before = hashes(tmp_path / "listops")
+    for name in ("train", "val", "test"):
+        add_record(tmp_path, f"basic_{name}.tsv", "released")
+        path = tmp_path / f"raw/listops/basic_{name}.tsv"
+        path.rename(tmp_path / "archives" / path.name)
+    config = {"max_length": 20, "source": "listops_tsv"}
+    manifest = preprocess.preprocess("listops", config, tmp_path, tmp_path / "listops")
+    after = hashes(tmp_path / "listops")
+    assert all(after[f"{split}.arrow"] == before[f"{split}.arrow"] for split in preprocess.SPLITS)
+    files = [source["file"] for source in manifest["sources"]]
+    assert files == ["basic_train.tsv", "basic_val.tsv", "basic_test.tsv"]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -16,6 +16,11 @@ import pytest
             "retrieval",
             {f"download new_aan_pairs.{name}.tsv" for name in ("train", "eval", "test")},
         ),
+        (
+            {"read_from": {"listops": "listops_tsv"}},
+            "listops",
+            {f"download basic_{name}.tsv" for name in ("train", "val", "test")},
+        ),
         ({}, "agnews", {"download ag_news_csv.tar.gz", "prepare_ag_news_subset"}),
         (
             {},

@@ -24,9 +24,16 @@ TFDS = {
     )
 }
 PATHFINDER_TFDS = local(f"{DATA}/tfds/pathfinder32/1.0.0/dataset_info.json")
-AAN_MIRROR = {
-    f"aan_mirror_{name}": local(f"{ARCHIVES}/new_aan_pairs.{name}.tsv")
-    for name in ("train", "eval", "test")
+# Sources of three files, which need no extraction.
+TSV_FILES = {
+    "aan_mirror": {
+        f"aan_mirror_{name}": local(f"{ARCHIVES}/new_aan_pairs.{name}.tsv")
+        for name in ("train", "eval", "test")
+    },
+    "listops_tsv": {
+        f"listops_{name}": local(f"{ARCHIVES}/basic_{name}.tsv")
+        for name in ("train", "val", "test")
+    },
 }
 # Modules that the data scripts share; those that generate are the demo's alone.
 MODULES = local(sorted(str(path) for path in Path("workflow/scripts/lra").glob("*.py")))
@@ -132,8 +139,8 @@ def make_environments():
 def raw_files(wildcards):
     """What the preprocessing of a task reads: its raw files or TFDS data set, and the records of the source."""
     source = config["read_from"].get(wildcards.task)
-    if source == "aan_mirror":
-        return [*AAN_MIRROR.values(), *(RECORDS[name] for name in AAN_MIRROR)]
+    if source in TSV_FILES:
+        return [*TSV_FILES[source].values(), *(RECORDS[name] for name in TSV_FILES[source])]
     if source == "pathfinder_tfds":
         return [PATHFINDER_TFDS, RECORDS[source]]
     if wildcards.task in RAW:

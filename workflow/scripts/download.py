@@ -41,6 +41,7 @@ NUM_ATTEMPTS = 5
 LOG_SECONDS = 15  # between lines about a download's progress where there is no terminal
 CUT = {18, 28, 52, 55, 56, 92}  # curl's codes for a connection that stopped midway
 CANNOT_RESUME = {33, 36}
+NO_ROOM = {23, 63}  # nothing could be written; the length that the server says is more than is free
 
 
 def download(
@@ -190,6 +191,9 @@ def fetch_url(url: str, part: Path, expected: str | None, delay: float) -> str |
             return None
         after = part.stat().st_size if part.exists() else 0
         failure = f"{message or 'curl failed'} (curl exit {code}, status {status})"
+        if code in NO_ROOM:
+            free = shutil.disk_usage(part.parent).free
+            failure += f", {free:,} bytes are free in {part.parent}: make room and run this again"
         if code in CUT | CANNOT_RESUME or status == 416:
             # A part may be complete already: a length that lied, or a stop just before the rename.
             if expected and after and sha256_file(part) == expected:
@@ -211,6 +215,8 @@ def curl(url: str, part: Path) -> tuple[int, int, str]:
     """One run of curl: its exit code, the HTTP status (0 for none) and its message."""
     terminal = sys.stderr.isatty()
     command = ["curl", "--fail", "--location", "--continue-at", "-", "--output", str(part)]
+    # Where the size is not configured, the server's word on it is compared with what is free.
+    command += ["--max-filesize", str(shutil.disk_usage(part.parent).free)]
     command += ["--connect-timeout", "30", "--speed-limit", "1", "--speed-time", "60"]
     command += ["--proto", "=http,https,file", "--proto-redir", "=http,https"]
     command += ["--progress-bar"] if terminal else ["--silent"]

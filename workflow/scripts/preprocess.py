@@ -41,6 +41,10 @@ HOLDOUT_SHARE = 0.1
 # archives: all of one of these groups (the archive as downloaded, or as demo_archives.py names it).
 SOURCES = {
     "lra_release": (("listops", "retrieval", "pathfinder"), [("lra_release.gz",)]),
+    "listops_tsv": (
+        ("listops",),
+        [tuple(f"basic_{split}.tsv" for split in ("train", "val", "test"))],
+    ),
     "aan_mirror": (
         ("retrieval",),
         [tuple(f"new_aan_pairs.{split}.tsv" for split in ("train", "eval", "test"))],
@@ -231,20 +235,20 @@ def open_task(
     """Batches of each split that the task's source has, and where its refused rows are noted."""
     refused = {split: Refused() for split in SPLITS}
     raw = run_data / "raw"
+    tsv_folder = raw / task if source == "lra_release" else run_data / "archives"
     if task == "listops":
         names = {"train": "train", "dev": "val", "test": "test"}
         batches = {
             split: readers.read_listops(
-                raw / f"listops/basic_{name}.tsv", max_length, options["brackets"], refused[split]
+                tsv_folder / f"basic_{name}.tsv", max_length, options["brackets"], refused[split]
             )
             for split, name in names.items()
         }
     elif task == "retrieval":
         names = {"train": "train", "dev": "eval", "test": "test"}
-        folder = raw / "retrieval" if source == "lra_release" else run_data / "archives"
         batches = {
             split: readers.read_retrieval(
-                folder / f"new_aan_pairs.{name}.tsv", max_length, refused[split]
+                tsv_folder / f"new_aan_pairs.{name}.tsv", max_length, refused[split]
             )
             for split, name in names.items()
         }

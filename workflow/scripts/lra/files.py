@@ -4,6 +4,7 @@ Standard library only, so that downloads and the extraction run with any Python 
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -25,7 +26,8 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        sys.exit(f"error: {error}{': make room on the disk and run this again' if full else ''}")
 
 
 def parse_json(text: str, option: str) -> dict:
