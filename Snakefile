@@ -67,8 +67,10 @@ localrules:
     data,
     draw_figures,
     draw_summary,
+    export_model,
     kernels,
     figures,
+    models,
     report,
     table,
     table_so_far,
@@ -81,6 +83,7 @@ rule all:
         rules.table.input,
         rules.figures.input,
         rules.report.input,
+        rules.models.input,
 
 
 rule data:

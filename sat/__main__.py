@@ -112,8 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
                 train(
                     resolved, data_dir, output_dir, device=options.device, threads=options.threads
                 )
-            except (settings.ConfigError, DataError):
-                raise  # nothing has run
+            except (settings.ConfigError, DataError, Interrupted):
+                raise  # nothing has run, or the same command goes on
             except Exception as error:
                 failure.record(output_dir, resolved, error)
                 raise

@@ -288,6 +288,7 @@ class Training:
         "phase",
         "masks",
         "pattern_report",
+        "pooled_maps",
         "pooled_sum",
         "num_pooled",
         "transition",

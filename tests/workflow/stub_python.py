@@ -31,6 +31,13 @@ FILES = {
         for name in ("accuracy", "loss", "time", "statistics", "pattern", "mass")
         for form in ("svg", "png")
     ],
+    "model_card.py": [
+        "README.md",
+        "config.json",
+        "metrics.json",
+        "model.safetensors",
+        "pattern.safetensors",
+    ],
     "summary_figures.py": [
         f"{name}.{form}"
         for name in ("summary", "speed", "memory", "preparation")

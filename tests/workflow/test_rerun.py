@@ -13,8 +13,12 @@ TRAININGS = {
 }
 LISTOPS_TRAININGS = {name for name in TRAININGS if " listops " in name}
 SUMMARIES = {"collect", "compare", "draw_summary", "write_report"}
-RESULTS = SUMMARIES | {"draw_figures listops", "draw_figures image"}
-LISTOPS_RESULTS = SUMMARIES | {"draw_figures listops"}
+LISTOPS_RESULTS = SUMMARIES | {
+    "draw_figures listops",
+    "export_model listops softmax",
+    "export_model listops sat",
+}
+RESULTS = LISTOPS_RESULTS | {name.replace("listops", "image") for name in LISTOPS_RESULTS}
 PREPROCESSING = {"prepare_cifar10", "preprocess listops", "preprocess image"}
 DOWNLOADS = {"download lra_release.gz", "download cifar-10-binary.tar.gz"}
 EVERYTHING = DOWNLOADS | {"extract"} | PREPROCESSING | {"compile_kernels"} | TRAININGS | RESULTS

@@ -29,6 +29,7 @@ ENVIRONMENTS_OF_RULE = {
     "collect": ["report"],
     "compare": ["report"],
     "draw": ["report"],
+    "export": ["report"],
     "write": ["report"],
 }
 
@@ -49,13 +50,18 @@ def figures_of(*tasks):
     return {f"draw_figures {task}" for task in tasks}
 
 
+def models_of(*tasks):
+    return {f"export_model {t} {a}" for t in tasks for a in ATTENTIONS}
+
+
 TABLES = {"collect", "compare"}
 SUMMARIES = TABLES | {"draw_summary", "write_report"}
 
 
 # None: no target is named.
 TARGETS = {
-    None: runs_of(*TASKS) | figures_of(*TASKS) | SUMMARIES,
+    None: runs_of(*TASKS) | figures_of(*TASKS) | SUMMARIES | models_of(*TASKS),
+    "models": runs_of(*TASKS) | models_of(*TASKS),
     "data": data_of(*TASKS),
     "kernels": {"compile_kernels"},
     "table": runs_of(*TASKS) | TABLES,
@@ -98,6 +104,7 @@ def test_demo_stays_in_its_folders(fresh):
         | {f"preprocess {task}" for task in TASKS}
         | trainings_of(*TASKS, seeds=[1001])
         | figures_of(*TASKS)
+        | models_of(*TASKS)
     )
     for job in jobs:
         for path in job.writes:

@@ -75,6 +75,14 @@ RUN_FILES = [
     "pattern.safetensors",
 ]
 RUN_FOLDER = f"{RESULTS}/runs/{{task}}/{{attention}}/seed{{seed}}"
+MODEL_FOLDER = f"{RESULTS}/models/{{task}}/{{attention}}"
+MODEL_FILES = [
+    "README.md",
+    "config.json",
+    "metrics.json",
+    "model.safetensors",
+    "pattern.safetensors",
+]
 TABLES = f"{RESULTS}/tables"
 ORDER = json.dumps({key: config[key] for key in ("run", "tasks", "attentions", "seeds")})
 # Figures of a task and of the whole run set, with their names in the report of Snakemake.
@@ -199,11 +207,11 @@ def settings_of_runs():
     }
 
 
-def runs_of(task):
+def runs_of(task, attentions=config["attentions"]):
     return expand(
         f"{RUN_FOLDER}/{{file}}",
         task=task,
-        attention=config["attentions"],
+        attention=attentions,
         seed=config["seeds"],
         file=RUN_FILES,
     )

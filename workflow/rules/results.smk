@@ -252,3 +252,38 @@ rule report:
         rules.write_report.output,
         rules.collect.output,
         rules.compare.output,
+
+
+rule export_model:
+    input:
+        env=local("envs/report.yaml"),
+        script=local("workflow/scripts/model_card.py"),
+        shared=local(["workflow/scripts/collect.py", "workflow/scripts/tables.py"]),
+        runs=lambda wildcards: runs_of(wildcards.task, [wildcards.attention]),
+    output:
+        [f"{MODEL_FOLDER}/{name}" for name in MODEL_FILES],
+    log:
+        f"{RESULTS}/logs/models/{{task}}/{{attention}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/models/{{task}}/{{attention}}.tsv"
+    conda:
+        "../../envs/report.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+    params:
+        python=in_env("report"),
+        folder=first_folder,
+        folders=lambda wildcards, input: sorted({str(Path(path).parent) for path in input.runs}),
+    shell:
+        "{params.python} {input.script} --output-dir {params.folder} {params.folders} > {log} 2>&1"
+
+
+rule models:
+    input:
+        expand(
+            f"{MODEL_FOLDER}/{{name}}",
+            task=TASKS,
+            attention=config["attentions"],
+            name=MODEL_FILES,
+        ),

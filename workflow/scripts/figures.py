@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 from collect import (
     COUNT,
@@ -369,6 +370,8 @@ def draw_statistics(runs: list[Run], config: dict[str, Any]) -> Figure:
                     )
                 if name != "skewness" and np.nanmax(values, initial=0) > 0:
                     axes.set_yscale("log")
+                    axes.yaxis.set_major_formatter("{x:g}")  # 10^-1 would need parsed math
+                    axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
             if name in thresholds:
                 axes.axhline(thresholds[name], color="#555555", linestyle=":", label="threshold")
             if run.metrics["transition"]["step"]:
