@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("no times", deadline=None)  # a slow machine is no failure
+hypothesis.settings.load_profile("no times")
 
 ROOT = Path(__file__).resolve().parent.parent
 
