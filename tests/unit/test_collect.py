@@ -103,6 +103,7 @@ def test_a_run_that_never_switched_has_no_sparse_figures(tmp_path):
         "baseline_percent",
         "transition_step_mean",
         "density_mean",
+        "batch_size",
         "sparse_ms_per_step_median",
         "speed_up_median",
         "sparse_peak_memory_max_mib",

@@ -54,6 +54,8 @@ STABLE_COLUMNS = {
     "transition_made_by": "",
     "density_mean": ".6f",
     "num_parameters": "d",
+    "num_steps_mean": ".1f",
+    "batch_size": "d",
     "device": "",
 }
 VOLATILE_COLUMNS = {
@@ -348,6 +350,8 @@ def summarise(runs: list[dict[str, Any]], num_expected: int) -> dict[str, Any]:
         "dev_accuracy_mean_percent": statistics.fmean(100 * r["dev"]["accuracy"] for r in runs),
         "test_loss_mean": statistics.fmean(run["test"]["loss"] for run in runs),
         "num_parameters": runs[0]["num_parameters"],
+        "num_steps_mean": statistics.fmean(run["num_steps"] for run in runs),
+        "batch_size": (runs[0].get("settings") or {}).get("training", {}).get("batch_size"),
         "device": "; ".join(sorted({describe_device(run["device"]) for run in runs})),
         "training_seconds_mean": statistics.fmean(run["training_seconds"] for run in runs),
     }
@@ -481,6 +485,10 @@ DISPLAY: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
         lambda r: pair_text(r, "dense_peak_memory_max_mib", "sparse_peak_memory_max_mib"),
     ),
     "parameters": ("r", lambda r: number(r["num_parameters"], ",d")),
+    "steps × batch": (
+        "r",
+        lambda r: f"{number(r['num_steps_mean'], ',.0f')} × {number(r['batch_size'], 'd')}",
+    ),
     "training (s)": ("r", lambda r: number(r["training_seconds_mean"], ".1f")),
 }
 NOTES = (
@@ -501,6 +509,7 @@ NOTES = (
     "of the seeds. Speed-up: dense over sparse time a step of the same run, a whole training step "
     "and not attention alone; the dense phase of a run that may switch also gathers what the "
     "switch needs.",
+    "Steps × batch: optimiser steps (mean over the seeds, which may stop early) and sequences in each.",
     "Times and memory vary from run to run; all else is the same for the same seeds and machine.",
 )
 
