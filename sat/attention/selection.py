@@ -33,9 +33,18 @@ def unavailable(backend: str) -> str | None:
     return None
 
 
-def run_block_sparse(backend, q, k, v, block_mask, block_size, lengths, denominator, dropout_p):
+def _seed(seed, dropout_p, q):
+    """None without dropout, the caller's seed or a new one."""
+    if dropout_p == 0:
+        return None
+    return dropout.draw_seed(q.shape[1] * q.shape[2]) if seed is None else seed
+
+
+def run_block_sparse(
+    backend, q, k, v, block_mask, block_size, lengths, denominator, dropout_p, seed=None
+):
     """Output and log-sum-exp from a backend, which is not "auto"."""
-    seed = dropout.draw_seed(q.shape[1] * q.shape[2]) if dropout_p > 0 else None
+    seed = _seed(seed, dropout_p, q)
     if backend == "reference":
         return reference.block_sparse_attention(
             q, k, v, block_mask, block_size, lengths, denominator, dropout_p, seed
@@ -49,9 +58,9 @@ def run_block_sparse(backend, q, k, v, block_mask, block_size, lengths, denomina
     return o, sums[0]
 
 
-def run_dense(backend, q, k, v, lengths, padded_queries, return_map, dropout_p):
+def run_dense(backend, q, k, v, lengths, padded_queries, return_map, dropout_p, seed=None):
     """Output and mean map (or None) from a backend, which is not "auto"."""
-    seed = dropout.draw_seed(q.shape[1] * q.shape[2]) if dropout_p > 0 else None
+    seed = _seed(seed, dropout_p, q)
     if backend == "reference":
         return reference.dense_attention(
             q, k, v, lengths, padded_queries, return_map, dropout_p, seed
