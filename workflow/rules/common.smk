@@ -35,6 +35,12 @@ TSV_FILES = {
         for name in ("train", "val", "test")
     },
 }
+# A user's own tasks: the files that their settings name.
+OWN_FILES = {
+    task: local(sorted(path for path in files.values() if path))
+    for task in TASKS
+    if (files := settings.resolve_dataset(config, task)["options"].get("files"))
+}
 # Modules that the data scripts share; those that generate are the demo's alone.
 MODULES = local(sorted(str(path) for path in Path("workflow/scripts/lra").glob("*.py")))
 READING = [path for path in MODULES if not Path(path).name.startswith("generate_")]

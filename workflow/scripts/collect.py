@@ -95,7 +95,7 @@ METRICS = {
     "task": TEXT,
     "attention": TEXT,
     "seed": INTEGER,
-    "data": one_of("released", "generated"),
+    "data": one_of("released", "generated", "own"),
     "test": {
         "accuracy": SHARE,
         "loss": NUMBER,
@@ -534,7 +534,7 @@ def best_rows(rows: list[dict[str, Any]]) -> set[int]:
 
 def caption(rows: list[dict[str, Any]], run: str) -> list[str]:
     """Sentences that say which run this is, on which data and on what hardware."""
-    kinds = {kind: [] for kind in ("released", "generated")}
+    kinds = {kind: [] for kind in ("released", "generated", "own")}
     for row in rows:
         if row["data"] and row["task"] not in kinds[row["data"]]:
             kinds[row["data"]].append(row["task"])
@@ -552,6 +552,8 @@ def caption(rows: list[dict[str, Any]], run: str) -> list[str]:
         )
     elif kinds["released"]:
         sentences.append("Released data.")
+    if kinds["own"]:
+        sentences.append(f"Data of one's own: {', '.join(kinds['own'])}.")
     devices = sorted({d for row in rows if row["device"] for d in row["device"].split("; ")})
     if devices:
         sentences.append(f"Hardware: {'; '.join(devices)}.")
