@@ -368,7 +368,7 @@ def draw_statistics(runs: list[Run], config: dict[str, Any]) -> Figure:
                         linewidth=1.2,
                         label=f"layer {layer + 1}",
                     )
-                if name != "skewness" and np.nanmax(values, initial=0) > 0:
+                if name == "change" and np.nanmax(values, initial=0) > 0:
                     axes.set_yscale("log")
                     axes.yaxis.set_major_formatter("{x:g}")  # 10^-1 would need parsed math
                     axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())

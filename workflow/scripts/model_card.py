@@ -64,7 +64,7 @@ def front_matter(metrics: dict[str, Any], name: str) -> str:
         "license": "apache-2.0",
         "library_name": "pytorch",
         "pipeline_tag": task["type"],
-        "tags": ["long-range-arena", "sparse-attention", "sat", metrics["attention"]],
+        "tags": sorted({"long-range-arena", "sparse-attention", "sat", metrics["attention"]}),
         "metrics": ["accuracy"],
         "model-index": [
             {"name": name, "results": [{"task": task, "dataset": data_set, "metrics": values}]}
