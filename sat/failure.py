@@ -18,7 +18,10 @@ def kind_of(error: Exception) -> str:
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
     names = {type(e).__name__ for e in chain}
-    if names & {"OutOfMemoryError", "MemoryError"} or "out of memory" in str(error).lower():
+    if (
+        names & {"OutOfMemoryError", "OutOfMemory", "MemoryError"}
+        or "out of memory" in str(error).lower()
+    ):
         return "out of memory"
     return "loss not finite" if str(error).startswith("the loss is ") else "failed"
 

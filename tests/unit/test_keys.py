@@ -97,7 +97,13 @@ SHOWN_ELSEWHERE = {
     ("dataset", "files"): "test_preprocess_own.py::test_every_kind_of_file",
     ("dataset", "text_column"): "test_preprocess_own.py::test_a_wrong_setting_is_named",
     ("dataset", "label_column"): "test_preprocess_own.py::test_a_wrong_setting_is_named",
+    ("model", "memory_limit_gb"): "test_memory.py::test_a_limit_is_kept_by_smaller_parts",
     ("model", "num_classes"): "test_training.py::test_model_and_data_must_fit",
+    (
+        "training",
+        "precision",
+    ): "test_devices.py::test_bf16_trains_nearly_alike_and_attends_in_float32",
+    ("training", "compile"): "test_devices.py::test_a_compiled_model_has_the_same_losses",
     ("training", "checkpoint_seconds"): "test_checkpoint.py::test_checkpoints_keep_their_distance",
 }
 # (task, attention, changes, words of the error)
