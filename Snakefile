@@ -5,6 +5,7 @@
 #   snakemake --cores 8 --use-conda listops                        one task
 #   snakemake --cores 1 table                                      the results table
 #   snakemake --cores 1 --use-conda benchmark                      time and memory of attention
+#   snakemake --cores 8 llama                                      llama.cpp, built and tried
 #
 # workflow/rules/ holds the rules in the order in which the data flow, config/config.yaml the settings.
 
@@ -56,6 +57,7 @@ include: "workflow/rules/kernels.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/results.smk"
 include: "workflow/rules/benchmark.smk"
+include: "workflow/rules/llama.smk"
 
 
 localrules:
@@ -66,6 +68,7 @@ localrules:
     draw_figures,
     kernels,
     figures,
+    llama,
     table,
 
 
@@ -113,6 +116,9 @@ onsuccess:
     _table = Path(f"{RESULTS}/table.md")
     if any(job.name == "collect" for job in workflow.dag.jobs) and _table.is_file():
         print(f"\n{_table.read_text()}", file=sys.stderr)
+    _summary = Path(f"{RESULTS}/llama/summary.md")
+    if any(job.name == "run_llama" for job in workflow.dag.jobs) and _summary.is_file():
+        print(f"\n{_summary.read_text()}", file=sys.stderr)
     print(
         f"Table: {RESULTS}/table.{{csv,md,tex}}   Figures: {RESULTS}/figures/<task>/   "
         f"Logs: {RESULTS}/logs/",

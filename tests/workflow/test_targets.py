@@ -28,6 +28,9 @@ ENVIRONMENTS_OF_RULE = {
     "train": ["torch"],
     "collect": ["report"],
     "draw": ["report"],
+    "get": [],
+    "build": ["llama"],
+    "run": ["llama"],
 }
 
 
@@ -54,6 +57,7 @@ TARGETS = {
     "kernels": {"compile_kernels"},
     "table": runs_of(*TASKS) | {"collect"},
     "figures": runs_of(*TASKS) | figures_of(*TASKS),
+    "llama": {"get_llama", "build_llama", "run_llama"},
     "cifar10": runs_of("image") | figures_of("image"),
 } | {task: runs_of(task) | figures_of(task) for task in TASKS}
 
@@ -77,7 +81,7 @@ def test_target(plans, target):
 
 def test_jobs_name_their_environments(plans):
     """The file of the environment is an input: an edit of it reruns the job, and the job gets the environment made."""
-    for job in plans[None]:
+    for job in plans[None] + plans["llama"]:
         rule = job.name.split()[0].partition("_")[0]
         environments = [path for path in job.reads if path.startswith("envs/")]
         assert environments == [f"envs/{name}.yaml" for name in ENVIRONMENTS_OF_RULE[rule]], job
