@@ -101,6 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     # torch is imported late: a wrong task name is answered at once.
     from sat.data import DataError
     from sat.evaluation import evaluate_run
+    from sat.interruption import Interrupted
     from sat.training import TrainingFailed, train
 
     try:
@@ -114,6 +115,11 @@ def main(arguments: list[str] | None = None) -> int:
             )
     except (settings.ConfigError, DataError, TrainingFailed) as error:
         return _fail(error)
+    except Interrupted as interruption:
+        print(
+            f"{interruption}; the state is saved: the same command goes on from it", file=sys.stderr
+        )
+        return 128 + interruption.number
     return 0
 
 

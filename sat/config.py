@@ -353,6 +353,7 @@ class Training:
     skewness: float
     distance: float
     patience: int | None
+    checkpoint_seconds: float
 
 
 @dataclasses.dataclass(frozen=True)

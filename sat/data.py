@@ -179,20 +179,42 @@ def load(folder: Path) -> tuple[dict, dict[str, Split]]:
             f"{folder}/manifest.json is not valid JSON ({error}); delete it and preprocess again"
         ) from None
     splits = {}
-    for name in SPLITS:
-        described = manifest["splits"][name]
-        path = folder / described["file"]
-        if path.stat().st_size != described["bytes"]:
-            raise DataError(
-                f"{path} has {path.stat().st_size} bytes, its manifest says {described['bytes']}; delete {folder} and "
-                "preprocess again"
-            )
-        splits[name] = Split(path, manifest["padding_id"] is not None, manifest.get("id_offset", 0))
-        if len(splits[name]) != described["rows"]:
-            raise DataError(
-                f"{path} has {len(splits[name])} rows, its manifest says {described['rows']}"
-            )
+    try:
+        padded, id_offset = manifest["padding_id"] is not None, manifest.get("id_offset", 0)
+        for name in SPLITS:
+            described = manifest["splits"][name]
+            path = folder / described["file"]
+            found = _identity(path)
+            for what, value in found.items():
+                if value != described[what]:
+                    raise DataError(
+                        f"{path} is not the file that its manifest describes ({what} {value}, expected "
+                        f"{described[what]}); delete {folder} and preprocess again"
+                    )
+            splits[name] = Split(path, padded, id_offset)
+            if len(splits[name]) != described["rows"]:
+                raise DataError(
+                    f"{path} has {len(splits[name])} rows, its manifest says {described['rows']}; delete {folder} "
+                    "and preprocess again"
+                )
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{error.filename} is missing; delete {folder} and preprocess again"
+        ) from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{folder}/manifest.json is no manifest ({error!r}); delete {folder} and preprocess again"
+        ) from None
     return manifest, splits
+
+
+def _identity(path: Path) -> dict[str, int | str]:
+    """Size and hash of a file: a flipped bit in the data would be a wrong number in the table."""
+    with open(path, "rb") as file:
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
 
 
 def data_digest(manifest: dict) -> str:

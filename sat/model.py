@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sat.attention import block_sparse_attention, dense_attention
+from sat import layer
+from sat.attention import block_sparse_attention, dense_attention, dropout
 from sat.config import Model
 from sat.data import Batch
 from sat.efficient import make_attention
@@ -26,6 +27,28 @@ class Encoded:
 
     pooled_BD: torch.Tensor
     maps: list[torch.Tensor]
+
+
+@dataclasses.dataclass
+class Draws:
+    """Where the dropout of a forward draws from: one seed, None without dropout, and a number for every place.
+
+    length: S, whatever is left of it after trimming. first: number of the first place.
+    """
+
+    seed: torch.Tensor | None
+    length: int
+    first: int = 0
+
+    def at(self, site: int, heads: int = 1) -> torch.Tensor | None:
+        if self.seed is None:
+            return None
+        return dropout.seed_of(self.seed, self.first + site, heads * self.length)
+
+
+# Places in a layer that drop, counted from the layer's first; the embedding has place 0.
+ATTENTION_WEIGHTS, ATTENTION_OUTPUT, MLP_HIDDEN, MLP_OUTPUT = range(1, 5)
+SITES_OF_A_LAYER = 4
 
 
 def sinusoids(length: int, width: int) -> torch.Tensor:
@@ -52,13 +75,14 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.transformer_dim, self.num_projections * inner)
         self.out = nn.Linear(inner, config.transformer_dim)
 
-    def forward(self, x_BSD, lengths_B, mask_nn, want_map):
+    def forward(self, x_BSD, lengths_B, mask_nn, want_map, seed):
+        """Normalised x [B, S, D] -> (the output before its bias [B, S, D], mean map or None)."""
         config = self.config
         B, S, _ = x_BSD.shape
         heads = (B, S, self.num_projections, config.num_head, config.head_dim)
         qkv = self.qkv(x_BSD).float().view(heads).permute(2, 0, 3, 1, 4)
         q_BHSd, k_BHSd, v_BHSd = qkv if len(qkv) == 3 else (qkv[0], qkv[0], qkv[1])
-        dropout = config.attention_dropout if self.training else 0.0
+        dropout_p = config.attention_dropout if self.training else 0.0
         attention_map = None
         if self.efficient is not None:
             with torch.autocast(x_BSD.device.type, enabled=False):
@@ -71,7 +95,8 @@ class SelfAttention(nn.Module):
                 lengths=lengths_B,
                 padded_queries=self.padded_queries,
                 return_map=want_map,
-                dropout_p=dropout,
+                dropout_p=dropout_p,
+                seed=seed,
             )
             o_BHSd, attention_map = result if want_map else (result, None)
         else:
@@ -83,17 +108,23 @@ class SelfAttention(nn.Module):
                 block_size=config.block_size,
                 lengths=lengths_B,
                 denominator=config.denominator,
-                dropout_p=dropout,
+                dropout_p=dropout_p,
+                seed=seed,
             )
         o_BSD = o_BHSd.transpose(1, 2).reshape(B, S, -1)
-        return self.out(o_BSD.to(x_BSD.dtype)), attention_map
+        return F.linear(o_BSD.to(x_BSD.dtype), self.out.weight), attention_map
 
 
 class Layer(nn.Module):
-    """Pre-norm layer: attention and MLP, each added to the residual stream."""
+    """Pre-norm layer: attention and MLP, each added to the residual stream.
+
+    The bias of a product, dropout, the residual and the norm that follows are one operation of sat/layer.py; so a
+    layer takes x with its norm and gives x with the norm of what comes next.
+    """
 
     def __init__(self, config: Model, padded_queries: str):
         super().__init__()
+        self.config = config
         width, hidden = config.transformer_dim, config.transformer_hidden_dim
         self.attention_norm = nn.LayerNorm(width)
         self.attention = SelfAttention(config, padded_queries)
@@ -105,14 +136,37 @@ class Layer(nn.Module):
             nn.Linear(hidden, width),
             nn.Dropout(config.dropout_prob),
         )
-        self.dropout = nn.Dropout(config.dropout_prob)
 
-    def forward(self, x_BSD, lengths_B, mask_nn, want_map):
-        attended_BSD, attention_map = self.attention(
-            self.attention_norm(x_BSD), lengths_B, mask_nn, want_map
+    def forward(self, x_BSD, h_BSD, next_norm, lengths_B, mask_nn, want_map, draws, place):
+        """(x, attention_norm(x)) -> (x, next_norm(x), mean map or None); place: number of the layer's first draw."""
+        p, S = self.config.dropout_prob, draws.length
+        y_BSD, attention_map = self.attention(
+            h_BSD,
+            lengths_B,
+            mask_nn,
+            want_map,
+            draws.at(place + ATTENTION_WEIGHTS, self.config.num_head),
         )
-        x_BSD = x_BSD + self.dropout(attended_BSD)
-        return x_BSD + self.mlp(self.mlp_norm(x_BSD)), attention_map
+        seed = draws.at(place + ATTENTION_OUTPUT)
+        norm = self.mlp_norm
+        x_BSD, h_BSD = layer.dropout_add_norm(
+            y_BSD, self.attention.out.bias, x_BSD, norm.weight, norm.bias, p, seed, S
+        )
+        first, second = self.mlp[0], self.mlp[3]
+        seed = draws.at(place + MLP_HIDDEN)
+        u_BSC = layer.gelu_dropout(F.linear(h_BSD, first.weight), first.bias, p, seed, S)
+        seed = draws.at(place + MLP_OUTPUT)
+        x_BSD, h_BSD = layer.dropout_add_norm(
+            F.linear(u_BSC, second.weight),
+            second.bias,
+            x_BSD,
+            next_norm.weight,
+            next_norm.bias,
+            p,
+            seed,
+            S,
+        )
+        return x_BSD, h_BSD, attention_map
 
 
 class Encoder(nn.Module):
@@ -129,9 +183,10 @@ class Encoder(nn.Module):
             self.position = nn.Parameter(torch.empty(S, width).normal_(std=0.02))
         else:
             self.register_buffer("position", sinusoids(S, width), persistent=False)
-        same = width == config.transformer_dim
-        self.projection = nn.Identity() if same else nn.Linear(width, config.transformer_dim)
-        self.dropout = nn.Dropout(config.dropout_prob)
+        self.projects = width != config.transformer_dim
+        self.projection = (
+            nn.Linear(width, config.transformer_dim) if self.projects else nn.Identity()
+        )
         if config.tied_weights:
             layer = Layer(config, padded_queries)
             self.layers = nn.ModuleList([layer] * config.num_layers)
@@ -141,20 +196,46 @@ class Encoder(nn.Module):
             )
         self.norm = nn.LayerNorm(config.transformer_dim)
 
-    def forward(self, ids_BS, lengths_B, masks=None, want_maps=False) -> Encoded:
-        """lengths [B]: real ids, None when all S are; masks: a block mask [n, n] a layer, None = dense."""
+    def forward(self, ids_BS, lengths_B, masks=None, want_maps=False, draws=None) -> Encoded:
+        """lengths [B]: real ids, None when all S are; masks: a block mask [n, n] a layer, None = dense.
+
+        draws: where dropout draws from, None for no dropout.
+        """
+        S = self.config.sequence_length
+        draws = draws or Draws(None, S)
         if self.config.pooling_mode == "CLS":
             # The class token takes the first place; one place behind max_seq_len is always free for it.
             class_token = ids_BS.new_full((len(ids_BS), 1), self.config.vocab_size)
             ids_BS = torch.cat([class_token, ids_BS[:, :-1]], dim=1)
             lengths_B = None if lengths_B is None else lengths_B + 1
-        x_BSD = self.dropout(self.projection(self.embedding(ids_BS) + self.position))
+        norms = [each.attention_norm for each in self.layers] + [self.norm]
+        embedded_BSD, position_SD = self.embedding(ids_BS), self.position
+        if self.projects:
+            embedded_BSD = self.projection(embedded_BSD + position_SD)
+            position_SD = torch.zeros_like(embedded_BSD[0])
+        x_BSD, h_BSD = layer.embed(
+            embedded_BSD,
+            position_SD,
+            norms[0].weight,
+            norms[0].bias,
+            self.config.dropout_prob,
+            draws.at(0),
+            S,
+        )
         maps = []
-        for index, layer in enumerate(self.layers):
+        for index, each in enumerate(self.layers):
             mask_nn = None if masks is None else masks[index]
-            x_BSD, attention_map = layer(x_BSD, lengths_B, mask_nn, want_maps)
+            x_BSD, h_BSD, attention_map = each(
+                x_BSD,
+                h_BSD,
+                norms[index + 1],
+                lengths_B,
+                mask_nn,
+                want_maps,
+                draws,
+                index * SITES_OF_A_LAYER,
+            )
             maps.append(attention_map)
-        h_BSD = self.norm(x_BSD)
         if self.config.pooling_mode == "CLS":
             pooled_BD = h_BSD[:, 0]
         else:
@@ -203,10 +284,15 @@ class Classifier(nn.Module):
 
     def forward(self, batch: Batch, masks=None, want_maps=False):
         """-> (logits [B, C], maps: one list of mean attention maps [S, S] an input, empty unless asked for)."""
-        encoded = [
-            self.encoder(ids, lengths, masks, want_maps)
-            for ids, lengths in zip(batch.ids, batch.lengths, strict=True)
-        ]
+        seed = None
+        drops = self.config.dropout_prob > 0 or self.config.attention_dropout > 0
+        if self.training and drops:
+            seed = dropout.draw_seed(0)
+        sites = 1 + SITES_OF_A_LAYER * self.config.num_layers
+        encoded = []
+        for tower, (ids, lengths) in enumerate(zip(batch.ids, batch.lengths, strict=True)):
+            draws = Draws(seed, self.config.sequence_length, tower * sites)
+            encoded.append(self.encoder(ids, lengths, masks, want_maps, draws))
         features = encoded[0].pooled_BD
         if len(encoded) == 2:
             x, y = (e.pooled_BD for e in encoded)

@@ -9,7 +9,8 @@
     tensorboard/          the curves
     metrics.json          what the results table is made from; written last
 
-Files get their names when they are complete. Steps count from 1 in what is written, from 0 in the code.
+Files get their names when they are complete. Steps count from 1 in what is written, from 0 in the code. While it runs,
+the folder also holds history.jsonl.partial and the state to go on from after a kill (sat/checkpoint.py).
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from sat import attention, data, runtime
+from sat import attention, checkpoint, data, interruption, runtime
 from sat.config import ConfigError, RunConfig, digest
 from sat.evaluation import baseline, batch_size, chance, evaluate
+from sat.interruption import Interrupted, Stop
 from sat.model import Classifier, loss_and_hits, num_parameters
 from sat.optimiser import make_optimiser, set_schedule
 from sat.pattern import describe, floodfill_score, pool, select_blocks, static_score
@@ -114,8 +116,9 @@ class Training:
         self.pooled_sum: list[torch.Tensor] | None = None
         self.num_pooled = 0
         self.transition = {"step": None, "reason": None}
+        self.switch: dict | None = None  # dev before and after it, by phase, with the same weights
         if config.transition.rule == "start":
-            self._choose_blocks()
+            self.choose_blocks()
             self.phase, self.transition = "sparse", {"step": 0, "reason": "start"}
         self.optimiser = make_optimiser(self.model, config, self.phase)
         self.best: dict | None = None
@@ -212,13 +215,14 @@ class Training:
     def go_sparse(self) -> None:
         """Choose the blocks, start a new optimiser, forget the best weights of the dense phase."""
         config = self.config
-        self._choose_blocks()
+        if self.masks is None:
+            self.choose_blocks()
         self.phase = "sparse"
         self.optimiser = make_optimiser(self.model, config, "sparse")
         self.map_statistics, self.pooled_sum = MapStatistics(config.transition.ema), None
         self.best, self.best_weights, self.evaluations_since_best = None, {}, 0
 
-    def _choose_blocks(self) -> None:
+    def choose_blocks(self) -> None:
         """The block masks of the layers by pattern.source, and what metrics.json says of them."""
         config, model = self.config, self.config.model
         maps = self.map_statistics.maps  # of the last dense step, None without one
@@ -243,21 +247,17 @@ class Training:
         ]
         self.pattern_report = describe(self.masks, model.block_size, maps)
 
-    def evaluate(self, split: data.Split, step: int) -> dict:
-        """Score dev after `step` steps and keep the weights when they are the best of this phase."""
+    def score(self, split: data.Split, masks: list[torch.Tensor] | None) -> dict:
+        """Score dev, or as much of it as training.num_eval_steps says; changes nothing. masks: None is dense."""
         config = self.config
         limit = None  # in rows, so that what a device takes at once changes nothing
         if config.training.num_eval_steps is not None:
             limit = config.training.num_eval_steps * config.training.batch_size
-        scored = evaluate(
-            self.model,
-            split,
-            config,
-            self.accelerator.device,
-            self.masks,
-            limit,
-        )
-        scored |= {"step": step, "phase": self.phase}
+        return evaluate(self.model, split, config, self.accelerator.device, masks, limit)
+
+    def keep_best(self, scored: dict, step: int) -> dict:
+        """Keep the weights when `scored`, after `step` steps, is the best of this phase; -> scored with its place."""
+        scored = scored | {"step": step, "phase": self.phase}
         if self.best is None or scored["accuracy"] > self.best["accuracy"]:
             self.best = scored
             self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
@@ -265,6 +265,44 @@ class Training:
         else:
             self.evaluations_since_best += 1
         return scored
+
+    def state(self) -> dict:
+        """All that `load_state` needs to go on as if nothing had happened, the random generators' states included."""
+        random = {"cpu": torch.get_rng_state()}
+        if self.accelerator.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
+        return {
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "map_statistics": vars(self.map_statistics),
+            "random": random,
+            **{name: getattr(self, name) for name in self._PLAIN_STATE},
+        }
+
+    _PLAIN_STATE = (
+        "phase",
+        "masks",
+        "pattern_report",
+        "pooled_sum",
+        "num_pooled",
+        "transition",
+        "switch",
+        "best",
+        "best_weights",
+        "evaluations_since_best",
+    )
+
+    def load_state(self, state: dict) -> None:
+        device = self.accelerator.device
+        self.model.load_state_dict(state["model"])
+        self.optimiser = make_optimiser(self.model, self.config, state["phase"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        vars(self.map_statistics).update(_moved(state["map_statistics"], device))
+        for name in self._PLAIN_STATE:
+            setattr(self, name, _moved(state[name], device))
+        torch.set_rng_state(state["random"]["cpu"])
+        if "cuda" in state["random"] and device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"]["cuda"], device)
 
     @property
     def out_of_patience(self) -> bool:
@@ -286,9 +324,10 @@ def train(
     device: str | None = None,
     threads: int | None = None,
 ) -> dict:
-    """Train, test and write the run's folder; -> metrics.
+    """Train, test and write the run's folder; -> metrics. Goes on from a checkpoint in the folder where there is one.
 
-    Raises ConfigError (settings and data do not fit), DataError (no usable data), TrainingFailed (loss not finite).
+    Raises ConfigError (settings and data do not fit), DataError (no usable data), TrainingFailed (loss not finite),
+    Interrupted (SIGTERM or SIGINT came; the state is saved).
     """
     config = RunConfig.from_dict(settings)
     manifest, splits = data.load(data_dir)
@@ -304,60 +343,19 @@ def train(
         "eval.json",
     ):
         (output_dir / name).unlink(missing_ok=True)
-    for old in (output_dir / "tensorboard").glob("events.*"):
-        old.unlink()
 
     accelerator = runtime.make_accelerator(device, threads)
     training = Training(config, manifest["num_inputs"], accelerator)
-    phases = {training.phase: Phase(accelerator.device)}
-    started = time.perf_counter()
-    history_path = output_dir / "history.jsonl.partial"
-    with (
-        _unfinished(history_path) as history,
-        SummaryWriter(str(output_dir / "tensorboard")) as board,
-    ):
-        progress = tqdm(
-            range(config.training.num_train_steps), disable=not sys.stderr.isatty(), unit="step"
-        )
-        for index in progress:
-            before = time.perf_counter()
-            rows = data.training_rows(
-                len(splits["train"]), config.training.batch_size, index, config.seed
+    identity = checkpoint.identity(settings, data.data_digest(manifest))
+    unfinished = _Unfinished(training, output_dir, identity)
+    with interruption.watching() as stop, unfinished.recording():
+        _run_steps(training, splits, unfinished, stop)
+        unfinished.end_phase()
+        training.model.load_state_dict(training.best_weights)
+        with stop.at_once():
+            test = evaluate(
+                training.model, splits["test"], config, accelerator.device, training.masks
             )
-            batch = splits["train"].batch(rows, config.model.sequence_length)
-            line = training.step(index, batch)
-            line["ms"] = 1000 * (time.perf_counter() - before)
-            phases[training.phase].milliseconds.append(line["ms"])
-            _record(history, board, line)
-            progress.set_postfix(loss=f"{line['loss']:.3f}", phase=training.phase, refresh=False)
-
-            step = index + 1
-            if (
-                step % config.training.eval_frequency == 0
-                or step == config.training.num_train_steps
-            ):
-                scored = training.evaluate(splits["dev"], step)
-                _record(history, board, {"event": "eval", "split": "dev", **scored})
-                _say(
-                    f"step {step}/{config.training.num_train_steps} {training.phase}: train loss {line['loss']:.4f}, "
-                    f"dev loss {scored['loss']:.4f}, dev accuracy {100 * scored['accuracy']:.2f} %, {line['ms']:.0f} ms"
-                )
-            if training.transition["step"] == step:
-                phases["dense"].end()
-                training.go_sparse()
-                phases["sparse"] = Phase(accelerator.device)
-                _record(history, board, {"event": "transition", **training.transition})
-                _say(f"step {step}: sparse from here on (by {training.transition['reason']})")
-            elif training.out_of_patience:
-                _say(
-                    f"step {step}: no better dev accuracy in {config.training.patience} evaluations; stopping"
-                )
-                break
-    phases[training.phase].end()
-    seconds = time.perf_counter() - started
-
-    training.model.load_state_dict(training.best_weights)
-    test = evaluate(training.model, splits["test"], config, accelerator.device, training.masks)
     metrics = {
         "schema_version": 1,
         "run": config.run,
@@ -370,13 +368,15 @@ def train(
         "dev": training.best,
         "transition_rule": config.transition.rule,
         "transition": training.transition,
+        "switch": training.switch,
         "pattern": training.pattern_report,
         "num_parameters": num_parameters(training.model),
-        "num_steps": step,
+        "num_steps": unfinished.step,
         "phases": {
-            name: phases[name].summary() if name in phases else None for name in ("dense", "sparse")
+            name: unfinished.phases[name].summary() if name in unfinished.phases else None
+            for name in ("dense", "sparse")
         },
-        "training_seconds": seconds,
+        "training_seconds": sum(phase.seconds for phase in unfinished.phases.values()),
         "device": runtime.describe_device(accelerator.device),
         "backend": attention.selected_backend(accelerator.device.type)
         if config.model.attention == "softmax"
@@ -401,28 +401,224 @@ def train(
         output_dir / "pattern.safetensors",
         lambda path: safetensors.torch.save_file(patterns, str(path)),
     )
-    os.replace(history_path, output_dir / "history.jsonl")
+    os.replace(unfinished.history_path, output_dir / "history.jsonl")
     _write(output_dir / "metrics.json", lambda path: path.write_text(_json(metrics)))
+    checkpoint.remove(output_dir)
     _say(
         f"test accuracy {100 * test['accuracy']:.2f} % (chance {100 * chance(manifest):.2f} %), {output_dir}"
     )
     return metrics
 
 
-class Phase:
-    """Times and memory of a phase."""
+def _run_steps(
+    training: Training, splits: dict[str, data.Split], unfinished: _Unfinished, stop: Stop
+) -> None:
+    """The steps that are left, with their evaluations, the switch and the checkpoints."""
+    config = training.config
+    num_steps = config.training.num_train_steps
+    progress = tqdm(
+        total=num_steps, initial=unfinished.step, disable=not sys.stderr.isatty(), unit="step"
+    )
+    # A checkpoint stands between a step and its evaluation when a signal came in either.
+    while not unfinished.evaluated or (
+        unfinished.step < num_steps and not training.out_of_patience
+    ):
+        if unfinished.evaluated:
+            before = time.perf_counter()
+            index = unfinished.step
+            rows = data.training_rows(
+                len(splits["train"]), config.training.batch_size, index, config.seed
+            )
+            batch = splits["train"].batch(rows, config.model.sequence_length)
+            line = training.step(index, batch)
+            line["ms"] = 1000 * (time.perf_counter() - before)
+            unfinished.finish_step(line)
+            progress.update()
+            progress.set_postfix(loss=f"{line['loss']:.3f}", phase=training.phase, refresh=False)
+            unfinished.save_if(stop.requested is not None)
+            if stop.requested is not None:
+                raise Interrupted(stop.requested)
+        step = unfinished.step
+        switching = training.transition["step"] == step and training.phase == "dense"
+        due = step % config.training.eval_frequency == 0 or step == num_steps
+        if due or switching:
+            with unfinished.saved_if_interrupted(), stop.at_once():
+                now = training.masks if training.phase == "sparse" else None
+                scored = after_switch = training.score(splits["dev"], now)
+                if switching:
+                    training.choose_blocks()
+                    after_switch = training.score(splits["dev"], training.masks)
+        if due:
+            placed = training.keep_best(scored, step)
+            unfinished.record({"event": "eval", "split": "dev", **placed})
+            _say(
+                f"step {step}/{num_steps} {training.phase}: train loss {unfinished.line['loss']:.4f}, dev loss "
+                f"{scored['loss']:.4f}, dev accuracy {100 * scored['accuracy']:.2f} %, {unfinished.line['ms']:.0f} ms"
+            )
+        if switching:
+            unfinished.end_phase()
+            training.go_sparse()
+            # The same weights through both attentions: the jump is part of the method, so it is shown.
+            training.switch = {"dense": scored, "sparse": after_switch}
+            unfinished.begin_phase()
+            unfinished.record(
+                {"event": "transition", **training.transition, "dev": training.switch}
+            )
+            _say(
+                f"step {step}: sparse from here on (by {training.transition['reason']}); dev accuracy of the same "
+                f"weights {100 * scored['accuracy']:.2f} % dense, {100 * after_switch['accuracy']:.2f} % sparse"
+            )
+        unfinished.evaluated = True
+        unfinished.save_if(
+            switching or unfinished.seconds_since_save >= config.training.checkpoint_seconds
+        )
+    if training.out_of_patience:
+        _say(
+            f"step {unfinished.step}: no better dev accuracy in {config.training.patience} evaluations; stopping"
+        )
+    unfinished.save_if(True)
+    progress.close()
 
-    def __init__(self, device: torch.device):
+
+class _Unfinished:
+    """What a training has written so far, and the checkpoint that it goes on from."""
+
+    def __init__(self, training: Training, folder: Path, identity: dict[str, str]):
+        self.training, self.folder, self.identity = training, folder, identity
+        self.history_path = folder / "history.jsonl.partial"
+        self.step, self.evaluated = 0, True
+        self.line: dict | None = None  # of the last step
+        self.phases: dict[str, Phase] = {}
+        self._history_bytes = 0
+        self._restore()
+        self.saved_step = (self.step, self.evaluated)
+        self.saved_at = time.monotonic()
+
+    def _restore(self) -> None:
+        stored = checkpoint.load(self.folder, self.identity, _say)
+        written = self.history_path.stat().st_size if self.history_path.is_file() else 0
+        if stored is not None and written < stored[1]["history_bytes"]:
+            _say(
+                f"{self.folder}: the checkpoint is not used: {self.history_path.name} is cut short"
+            )
+            stored = None
+        if stored is None:
+            checkpoint.remove(self.folder)
+            self.begin_phase()
+            return
+        tensors, record = stored
+        state = checkpoint.unflatten(record["state"], tensors)
+        self.training.load_state(state["training"])
+        device = self.training.accelerator.device
+        self.phases = {name: Phase(device, **parts) for name, parts in state["phases"].items()}
+        self.step, self.evaluated = record["step"], record["evaluated"]
+        self.line, self._history_bytes = record["line"], record["history_bytes"]
+        _say(f"going on from step {self.step} ({self.training.phase} phase), {self.folder}")
+        if record["threads"] != torch.get_num_threads():
+            _say(
+                f"with {torch.get_num_threads()} threads where there were {record['threads']}: the last bits may differ"
+            )
+
+    @contextlib.contextmanager
+    def recording(self):
+        """Open history and curves, behind what the checkpoint knows of."""
+        self.history_path.touch()
+        os.truncate(self.history_path, self._history_bytes)
+        board_folder = self.folder / "tensorboard"
+        if self.step == 0:
+            for old in board_folder.glob("events.*"):
+                old.unlink()
+        with (
+            open(self.history_path, "a", encoding="utf-8") as self._history,
+            SummaryWriter(str(board_folder), purge_step=self.step + 1) as self._board,
+        ):
+            yield
+
+    def record(self, line: dict) -> None:
+        _record(self._history, self._board, line)
+
+    def finish_step(self, line: dict) -> None:
+        self.phases[self.training.phase].milliseconds.append(line["ms"])
+        self.record(line)
+        self.step, self.evaluated, self.line = self.step + 1, False, line
+
+    def begin_phase(self) -> None:
+        self.phases[self.training.phase] = Phase(self.training.accelerator.device)
+
+    def end_phase(self) -> None:
+        self.phases[self.training.phase].end()
+
+    @property
+    def seconds_since_save(self) -> float:
+        return time.monotonic() - self.saved_at
+
+    def save_if(self, wanted: bool) -> None:
+        if not wanted or self.saved_step == (self.step, self.evaluated):
+            return
+        self._history.flush()
+        os.fsync(self._history.fileno())
+        phases = {name: phase.state() for name, phase in self.phases.items()}
+        tensors, skeleton = checkpoint.flatten(
+            "state", {"training": self.training.state(), "phases": phases}
+        )
+        record = {
+            "identity": self.identity,
+            "step": self.step,
+            "evaluated": self.evaluated,
+            "line": self.line,
+            "history_bytes": self._history.tell(),
+            "threads": torch.get_num_threads(),
+            "state": skeleton,
+        }
+        checkpoint.save(self.folder, tensors, record)
+        self.saved_step, self.saved_at = (self.step, self.evaluated), time.monotonic()
+
+    @contextlib.contextmanager
+    def saved_if_interrupted(self):
+        try:
+            yield
+        except Interrupted:
+            self.save_if(True)
+            raise
+
+
+class Phase:
+    """Times and memory of a phase; they add up over the attempts of a training that was interrupted."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        milliseconds: torch.Tensor | None = None,
+        seconds: float = 0.0,
+        peak: int = 0,
+        ended: bool = False,
+    ):
         self.device = device
-        self.milliseconds: list[float] = []
-        self.peak = 0
-        self.started = time.perf_counter()
-        self.seconds = 0.0
-        runtime.reset_peak_memory(device)
+        self.milliseconds: list[float] = [] if milliseconds is None else milliseconds.tolist()
+        self.peak, self.seconds, self.ended = peak, seconds, ended
+        self._started = time.perf_counter()
+        if not ended:
+            runtime.reset_peak_memory(device)
 
     def end(self) -> None:
-        self.peak = runtime.peak_memory(self.device)
-        self.seconds = time.perf_counter() - self.started
+        if not self.ended:
+            self.seconds, self.peak, self.ended = self._so_far() + (True,)
+
+    def _so_far(self) -> tuple[float, int]:
+        if self.ended:
+            return self.seconds, self.peak
+        elapsed = time.perf_counter() - self._started
+        return self.seconds + elapsed, max(self.peak, runtime.peak_memory(self.device))
+
+    def state(self) -> dict:
+        seconds, peak = self._so_far()
+        milliseconds = torch.tensor(self.milliseconds, dtype=torch.float64)
+        return {
+            "milliseconds": milliseconds,
+            "seconds": seconds,
+            "peak": peak,
+            "ended": self.ended,
+        }
 
     def summary(self) -> dict:
         """Median milliseconds a step; seconds include the evaluations."""
@@ -434,15 +630,15 @@ class Phase:
         }
 
 
-@contextlib.contextmanager
-def _unfinished(path: Path):
-    """A new text file that does not outlive an exception."""
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            yield file
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+def _moved(state, device: torch.device):
+    """Nested state with its tensors on `device`."""
+    if isinstance(state, torch.Tensor):
+        return state.to(device)
+    if isinstance(state, dict):
+        return {key: _moved(value, device) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_moved(value, device) for value in state]
+    return state
 
 
 def _record(history, board: SummaryWriter, line: dict) -> None:

@@ -14,11 +14,14 @@ value of the step, and the change is that of the averaged distance: one step's n
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 
 import torch
 
 from sat.config import RunConfig
+
+logger = logging.getLogger(__name__)
 
 
 def moments(
@@ -57,8 +60,7 @@ class StepStatistics:
 class MapStatistics:
     """Follows the mean attention maps of the layers from step to step.
 
-    ema in [0, 1): weight of the average so far; 0 takes each step as it is. `maps`, `skewness` and `distance` are all
-    of its state.
+    ema in [0, 1): weight of the average so far; 0 takes each step as it is. Its attributes are all of its state.
     """
 
     def __init__(self, ema: float = 0.0) -> None:
@@ -66,6 +68,7 @@ class MapStatistics:
         self.maps: list[torch.Tensor] | None = None
         self.skewness: list[float] | None = None
         self.distance: list[float] | None = None
+        self.reported = False  # that a statistic was not a number
 
     def update(self, maps: list[torch.Tensor], size: int | None = None) -> StepStatistics:
         """maps: the mean attention map [S, S] of every layer; size: as in `moments`."""
@@ -86,7 +89,19 @@ class MapStatistics:
                 100 * abs(d - b) / b if b else math.nan
                 for d, b in zip(self.distance, before, strict=True)
             ]
+        self._report_nan(skewness, change)
         return StepStatistics(self.skewness, self.distance, change)
+
+    def _report_nan(self, skewness: list[float], change: list[float] | None) -> None:
+        """Say once a run that a statistic is not a number; such a one never makes the switch."""
+        for name, values in (("skewness", skewness), ("change", change or [])):
+            layers = [layer for layer, value in enumerate(values) if math.isnan(value)]
+            if layers and not self.reported:
+                self.reported = True
+                logger.warning(
+                    f"the {name} of the attention map of layer {layers[0]} is not a number (a constant map, or one "
+                    "that did not move); such a step never makes the switch. Later ones are null in history.jsonl."
+                )
 
     def _averaged(self, average: list[float] | None, new: list[float]) -> list[float]:
         if average is None:

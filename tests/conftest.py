@@ -1,24 +1,39 @@
 """Fixtures that several test modules use."""
 
+import contextlib
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("no times", deadline=None)  # a slow machine is no failure
+hypothesis.settings.load_profile("no times")
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
 def kernels_dir(tmp_path_factory):
-    """Folder with libsat_cpu.so, built once a session; $SAT_KERNELS names it while the tests run."""
-    folder = tmp_path_factory.mktemp("kernels")
+    """Folder with libsat_cpu.so; $SAT_KERNELS names it while the tests run. Kept until a source changes."""
     script = ROOT / "workflow" / "scripts" / "build_kernels.py"
-    arguments = ["--source", ROOT / "csrc", "--output-dir", folder, "--cuda", "none"]
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    sources = [script, *sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    folder = ROOT / ".venvs/test-kernels" / digest[:16]
+    if not folder.is_dir():
+        built = tmp_path_factory.mktemp("kernels") / "built"
+        arguments = ["--source", ROOT / "csrc", "--output-dir", built, "--cuda", "none"]
+        done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        shutil.copytree(built, partial := folder.with_suffix(f".{os.getpid()}"))
+        with contextlib.suppress(OSError):  # another session was quicker
+            partial.rename(folder)
+        shutil.rmtree(partial, ignore_errors=True)
     before = os.environ.get("SAT_KERNELS")
     os.environ["SAT_KERNELS"] = str(folder)
 

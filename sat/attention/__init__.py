@@ -7,6 +7,9 @@ kernels of the tensors' device once they have been checked against `reference` i
 GPU without them `flex` after the same check; `selected_backend(device_type)` names the choice,
 `python -m sat.backends` prints all of them.
 
+Where torch is set to multiply float32 in TF32 on GPUs, torch.set_float32_matmul_precision("high"), the
+`cuda` kernels do so too, on tensor cores (head widths up to 128, from sm_80 on).
+
 The kernel libraries come from the folder $SAT_KERNELS or the newest results/<run>/kernels.
 """
 
@@ -29,6 +32,7 @@ def block_sparse_attention(
     lengths: torch.Tensor | None = None,
     denominator: str = "zero_logits",
     dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ):
@@ -48,8 +52,8 @@ def block_sparse_attention(
             padded query rows give 0. Checked when on the CPU; on a GPU, where a check would wait
             for the device, and under torch.compile the kernels clamp them to [0, N].
         denominator: "zero_logits" or "renormalised".
-        dropout_p: dropout on the probabilities. Its seed comes from torch's default generator, and
-            every backend drops the same ones.
+        dropout_p: dropout on the probabilities; every backend drops the same ones.
+        seed: of the dropout, int64 [] on the CPU; None: one from torch's default generator.
         return_lse: also return log Σ_{j∈J_i} exp(s_ij) [B, H, N] (-inf for rows that give 0,
             whatever the denominator), which carries no gradient.
         backend: "auto", "reference", "cpu", "cuda" or "flex".
@@ -74,7 +78,7 @@ def block_sparse_attention(
     lengths = _check_lengths(lengths, q)
     backend = resolve(backend, q, block_size, dropout_p)
     o, lse = run_block_sparse(
-        backend, q, k, v, block_mask, block_size, lengths, denominator, dropout_p
+        backend, q, k, v, block_mask, block_size, lengths, denominator, dropout_p, seed
     )
     return (o, lse.detach()) if return_lse else o
 
@@ -88,12 +92,13 @@ def dense_attention(
     padded_queries: str = "zero",
     return_map: bool = False,
     dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
     backend: str = "auto",
 ):
     """softmax(q kᵀ / √D) v over all real keys.
 
     Args:
-        q, k, v, lengths, dropout_p, backend: as for block_sparse_attention; any N.
+        q, k, v, lengths, dropout_p, seed, backend: as for block_sparse_attention; any N.
         padded_queries: "zero": rows from `lengths` on give 0, in the map too. "attend": they attend
             to the real keys as any other row, as in SAT's dense phase.
         return_map: also return the mean attention map over batch and heads, float32 [N, N], before
@@ -107,7 +112,7 @@ def dense_attention(
         raise ValueError(f"padded_queries: expected zero or attend, got {padded_queries!r}")
     lengths = _check_lengths(lengths, q)
     backend = resolve(backend, q, None)
-    o, mean_map = run_dense(backend, q, k, v, lengths, padded_queries, return_map, dropout_p)
+    o, mean_map = run_dense(backend, q, k, v, lengths, padded_queries, return_map, dropout_p, seed)
     return (o, mean_map.detach()) if return_map else o
 
 

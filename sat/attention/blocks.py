@@ -26,7 +26,8 @@ def block_csr(mask: torch.Tensor, device: torch.device | None = None) -> tuple[t
     key = (mask.data_ptr(), mask._version, tuple(mask.shape), mask.stride(), mask.device, device)
     if key not in _cache:
         # The entry keeps the mask alive, so that no other tensor can get its address.
-        _cache[key] = (mask, _build(mask, device))
+        with torch.inference_mode(False):  # an evaluation may come first, a training step after it
+            _cache[key] = (mask, _build(mask, device))
         if len(_cache) > CACHE_SIZE:
             _cache.popitem(last=False)
     _cache.move_to_end(key)

@@ -1,7 +1,8 @@
-"""Dropout of attention weights from a counter: every backend, and the backward, draw the same factors.
+"""Dropout from a counter: every backend, and the backward, draw the same factors.
 
 The generator is that of csrc/sat_kernels.h: a factor depends on the seed and on the place of the
-weight only, so nothing of the size of the weights is kept.
+element only, so nothing of the size of what is dropped is kept. For attention the place is (sample
+and head, query, key), for the elements of a layer (sample, position, channel).
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import torch
 
 _WORD = 0xFFFFFFFF
 _STEP = 0x9E3779B97F4A7C15  # between the seeds of two rows
+_SITE = 0xD1B54A32D192ED03  # between the seeds of two places in a model
 # Of the sequences at hand, the first one's place in the whole batch. A tensor, so that torch.compile
 # reads it anew.
 _first_sequence = torch.zeros((), dtype=torch.int64)
@@ -37,8 +39,17 @@ def draw_seed(rows: int) -> torch.Tensor:
     return torch.randint(2**63 - 1, ()) + _signed(_STEP) * (_first_sequence * rows)
 
 
+def seed_of(seed: torch.Tensor, site: int, rows: int) -> torch.Tensor:
+    """The seed, int64 [], of a place in a model from a seed of the whole; rows: as in `draw_seed`.
+
+    The seed of the whole is drawn with rows = 0.
+    """
+    return seed + _signed(_SITE * (site + 1)) + _signed(_STEP) * (_first_sequence * rows)
+
+
 def _signed(x: int) -> int:
-    """A 64-bit constant as torch.int64 holds it."""
+    """A number modulo 2^64 as torch.int64 holds it."""
+    x &= (1 << 64) - 1
     return x - (1 << 64) if x >> 63 else x
 
 
@@ -72,3 +83,11 @@ def factors(
     threshold = int(ctypes.c_float(dropout_p).value * 2**24 + 0.5)
     kept = 2**24 / (2**24 - threshold) if threshold < 2**24 else 0.0
     return torch.where((x >> 8) < threshold, 0.0, kept).to(torch.float32)
+
+
+def element_factors(
+    seed: torch.Tensor, dropout_p: float, shape: torch.Size, length: int, device: torch.device
+) -> torch.Tensor:
+    """Factors float32 [B, S, C] of the elements of a layer; length >= S counts the rows of a sample."""
+    samples, positions, channels = (torch.arange(size, device=device) for size in shape)
+    return factors(seed, dropout_p, samples[:, None, None], positions[:, None], channels, length)

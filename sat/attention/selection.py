@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("cuda", "cpu", "flex", "reference")
 CANDIDATES = {"cuda": ("cuda", "flex"), "cpu": ("cpu",)}  # of "auto" on a device, fastest first
 TOLERANCE = 1e-5  # largest error against float64, relative to the largest value
+TF32_TOLERANCE = 4e-3  # of products whose factors have 11 significant bits
 
 
 def unavailable(backend: str) -> str | None:
@@ -33,9 +34,18 @@ def unavailable(backend: str) -> str | None:
     return None
 
 
-def run_block_sparse(backend, q, k, v, block_mask, block_size, lengths, denominator, dropout_p):
+def _seed(seed, dropout_p, q):
+    """None without dropout, the caller's seed or a new one."""
+    if dropout_p == 0:
+        return None
+    return dropout.draw_seed(q.shape[1] * q.shape[2]) if seed is None else seed
+
+
+def run_block_sparse(
+    backend, q, k, v, block_mask, block_size, lengths, denominator, dropout_p, seed=None
+):
     """Output and log-sum-exp from a backend, which is not "auto"."""
-    seed = dropout.draw_seed(q.shape[1] * q.shape[2]) if dropout_p > 0 else None
+    seed = _seed(seed, dropout_p, q)
     if backend == "reference":
         return reference.block_sparse_attention(
             q, k, v, block_mask, block_size, lengths, denominator, dropout_p, seed
@@ -49,9 +59,9 @@ def run_block_sparse(backend, q, k, v, block_mask, block_size, lengths, denomina
     return o, sums[0]
 
 
-def run_dense(backend, q, k, v, lengths, padded_queries, return_map, dropout_p):
+def run_dense(backend, q, k, v, lengths, padded_queries, return_map, dropout_p, seed=None):
     """Output and mean map (or None) from a backend, which is not "auto"."""
-    seed = dropout.draw_seed(q.shape[1] * q.shape[2]) if dropout_p > 0 else None
+    seed = _seed(seed, dropout_p, q)
     if backend == "reference":
         return reference.dense_attention(
             q, k, v, lengths, padded_queries, return_map, dropout_p, seed
@@ -109,13 +119,19 @@ def _failure(backend: str) -> str | None:
     """Why a backend is not trusted, or None if it is available and gives the numbers of reference."""
     if reason := unavailable(backend):
         return reason
-    try:
-        error = largest_error(backend)
-    except RuntimeError as exception:  # of CUDA, or of torch's compiler
-        return f"its check failed: {exception}"
-    if error <= TOLERANCE:
-        return None
-    return f"its kernels differ from reference by {error:.1e}, allowed {TOLERANCE:.0e}"
+    checks = [(False, TOLERANCE)]
+    if backend == "cuda":
+        checks.append((True, TF32_TOLERANCE))
+    for tf32, tolerance in checks:
+        try:
+            with kernels.products_in_tf32(tf32):
+                error = largest_error(backend)
+        except RuntimeError as exception:  # of CUDA, or of torch's compiler
+            return f"its check failed: {exception}"
+        if not error <= tolerance:
+            name = "its kernels in TF32" if tf32 else "its kernels"
+            return f"{name} differ from reference by {error:.1e}, allowed {tolerance:.0e}"
+    return None
 
 
 @functools.cache

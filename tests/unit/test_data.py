@@ -95,6 +95,31 @@ def test_files_that_do_not_match_their_manifest(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(data.DataError, match="2 rows"):
         data.load(tmp_path)
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(data.DataError, match="valid JSON"):
+    for broken, words in (("{", "valid JSON"), ("{}", "no manifest"), ("[1]", "no manifest")):
+        (tmp_path / "manifest.json").write_text(broken)
+        with pytest.raises(data.DataError, match=words):
+            data.load(tmp_path)
+
+
+@given(st.integers(min_value=0), st.integers(0, 7))
+def test_one_flipped_bit_of_the_data_is_found(tmp_path_factory, place, bit):
+    folder = tmp_path_factory.getbasetemp() / "flipped"
+    if not folder.is_dir():
+        write_processed(folder, "listops", {s: ([[1], [2]], [0, 1]) for s in data.SPLITS})
+    path = folder / "test.arrow"
+    whole = path.read_bytes()
+    changed = bytearray(whole)
+    changed[place % len(whole)] ^= 1 << bit
+    path.write_bytes(changed)
+    try:
+        with pytest.raises(data.DataError, match="is not the file that its manifest describes"):
+            data.load(folder)
+    finally:
+        path.write_bytes(whole)
+
+
+def test_a_split_that_is_gone_is_named(tmp_path):
+    write_processed(tmp_path, "listops", {s: ([[1], [2]], [0, 1]) for s in data.SPLITS})
+    (tmp_path / "test.arrow").unlink()
+    with pytest.raises(data.DataError, match=r"test.arrow is missing; delete .* preprocess again"):
         data.load(tmp_path)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from sat import config
+from sat.attention import dropout
 from sat.data import Batch
-from sat.model import Classifier, num_parameters, sinusoids
+from sat.model import Classifier, Draws, num_parameters, sinusoids
 
 
 def model_config(task="listops", **changes):
@@ -196,3 +197,28 @@ def test_sinusoids():
     assert table[0].tolist() == [0, 1, 0, 1, 0, 1]
     assert float(table[3, 0]) == pytest.approx(0.14112, abs=1e-5)  # sin 3
     assert float(table[3, 1]) == pytest.approx(-0.98999, abs=1e-5)  # cos 3
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_cut_batch_meets_the_dropout_of_the_whole(sparse):
+    cfg = small(dropout_prob=0.3, attention_dropout=0.2)
+    model = build(cfg).train()
+    masks = [torch.rand(cfg.num_blocks, cfg.num_blocks) < 0.6 for _ in range(2)] if sparse else None
+    whole = batch_of([64, 40, 20, 50, 9])
+
+    def logits(start, stop, seed=5):
+        torch.manual_seed(seed)
+        with dropout.sequences_from(start):
+            return model(whole.slice(start, stop), masks)[0]
+
+    expected = logits(0, 5)
+    torch.testing.assert_close(torch.cat([logits(0, 2), logits(2, 4), logits(4, 5)]), expected)
+    torch.testing.assert_close(logits(3, 4), expected[3:4])
+    assert not torch.allclose(logits(0, 5, seed=6), expected)
+
+
+def test_every_place_drops_by_its_own_factors():
+    seeds = {
+        int(Draws(torch.tensor(1), 64, first).at(site)) for first in (0, 9) for site in range(9)
+    }
+    assert len(seeds) == 18

@@ -248,10 +248,15 @@ def test_gradients_do_not_pile_up(folder):
 
 
 def test_gradients_are_clipped_by_value(folder, monkeypatch):
-    monkeypatch.setattr(training, "GRADIENT_LIMIT", 1e-4)
-    state, _ = step_of(settings_of(), folder)
-    largest = max(float(p.grad.abs().max()) for p in state.model.parameters())
-    assert largest == pytest.approx(1e-4)
+    """Each element by itself, to [-limit, limit]: not by the norm, and not what is inside."""
+    gradients = {}
+    for limit in (1e9, 1e-4):
+        monkeypatch.setattr(training, "GRADIENT_LIMIT", limit)
+        state, _ = step_of(settings_of(), folder)
+        gradients[limit] = [p.grad for p in state.model.parameters()]
+    assert max(float(g.abs().max()) for g in gradients[1e9]) > 1e-3
+    for free, clipped in zip(gradients[1e9], gradients[1e-4], strict=True):
+        assert torch.equal(clipped, free.clamp(-1e-4, 1e-4))
 
 
 def test_pattern_gradient_reaches_the_pattern_alone(folder):

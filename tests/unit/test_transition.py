@@ -126,6 +126,16 @@ def test_a_value_that_is_not_a_number_does_not_stay_in_the_average():
     )
 
 
+def test_what_is_not_a_number_is_said_once(caplog):
+    statistics = MapStatistics()
+    for seed in (0, 1, 1, 1):
+        statistics.update([random_map(2, 32), random_map(seed, 32)])
+        if seed == 0:
+            assert not caplog.records
+    (record,) = caplog.records
+    assert "change" in record.message and "layer 0" in record.message
+
+
 def test_the_state_of_the_statistics_is_their_attributes():
     one, other = MapStatistics(0.5), MapStatistics(0.5)
     for seed in range(3):

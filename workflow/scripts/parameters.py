@@ -40,6 +40,7 @@ UNITS = {
     "positions": "位置",
     "probability": "概率",
     "rounds": "轮",
+    "seconds": "秒",
     "sequences": "序列",
     "share": "比例",
     "standard deviations cubed": "标准差的立方",
