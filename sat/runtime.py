@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import datetime
 import gc
 import importlib.metadata
+import os
 import platform
 import resource
 import subprocess
@@ -13,15 +15,37 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
+from sat import devices
 from sat.config import ROOT
 
 
-def make_accelerator(device: str | None, threads: int | None) -> Accelerator:
-    """Accelerate's device handling; `device` cpu keeps off a GPU, threads: CPU threads of torch and the kernels."""
+def device_type(device: str | None) -> str:
+    """cuda or cpu: what a training takes when its --device is `device`."""
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def make_accelerator(
+    device: str | None, threads: int | None, precision: str = "fp32"
+) -> Accelerator:
+    """Accelerate's device handling; `device` cpu keeps off a GPU, threads: CPU threads of torch and the kernels.
+
+    precision: as training.precision. Raises ConfigError when the device does not have it.
+    """
+    kind = device_type(device)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads or torch.get_num_threads()))
+    # Another process may take its time: it waits for a GPU, or checks the kernels.
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))
+    accelerator = Accelerator(
+        # cpu: without it, accelerate starts no process group where there is no GPU
+        cpu=kind == "cpu",
+        mixed_precision=devices.mixed_precision(precision, kind),
+        kwargs_handlers=[patience],
+    )
     if threads:
         torch.set_num_threads(threads)
-    return Accelerator(cpu=device == "cpu", mixed_precision="no")
+    return accelerator
 
 
 def describe_device(device: torch.device) -> dict:
@@ -44,16 +68,21 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def release_memory() -> None:
+    """Give what was freed back to the system; glibc keeps it otherwise, and it counts on."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        pass
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Let the next `peak_memory` be that of the phase that begins now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, and it would count on
-    except (AttributeError, OSError):
-        pass
+    release_memory()
     try:
         # Linux: the peak of the resident set becomes its present size.
         Path("/proc/self/clear_refs").write_text("5")
@@ -73,6 +102,20 @@ def peak_memory(device: torch.device) -> int:
         pass
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """States of torch's generators, of the CPU and of the device."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def versions() -> dict[str, str]:

@@ -211,12 +211,12 @@ def test_a_signal_in_an_evaluation_ends_it_at_once(listops, tmp_path, monkeypatc
     training.train(settings, listops, tmp_path / "whole", device="cpu", threads=1)
     real, calls = training.evaluate, []
 
-    def evaluate(*arguments):
+    def evaluate(*arguments, **keywords):
         calls.append(1)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
             pytest.fail("the evaluation went on")
-        return real(*arguments)
+        return real(*arguments, **keywords)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(training, "evaluate", evaluate)
