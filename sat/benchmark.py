@@ -1,6 +1,7 @@
 """Time and memory of the attention backends beside other ways to compute attention on the CPU.
 
     python -m sat.benchmark attention --json attention.json [--quick] [--threads 1] [--length 1024]
+    python -m sat.benchmark memory --json memory.json [--length 4096] [--batch 4]    # sat/step_memory.py
 
 All in one process with the same threads and allocator settings, interleaved in a new order every
 round; the median counts. The reference is torch's scaled_dot_product_attention over all keys.
@@ -19,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+from sat import step_memory
 from sat.launch import with_allocator_settings
 
 HEADS, WIDTH = 2, 32
@@ -35,7 +37,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=["attention"])
+    parser.add_argument("what", choices=["attention", "memory"])
     parser.add_argument("--json", type=Path, required=True, help="file to write")
     parser.add_argument("--quick", action="store_true", help="one small shape, two densities")
     parser.add_argument("--batch", type=int, action="append", help=f"default: {BATCHES}")
@@ -260,7 +262,13 @@ def attention(options: argparse.Namespace) -> dict:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    text = json.dumps(attention(options), indent=1) + "\n"
+    if options.what == "memory":
+        length, batch = (options.length or [4096])[0], (options.batch or [4])[0]
+        result = step_memory.compare(length, batch, layers=2, threads=options.threads)
+        print(f"ours / materialised: {result['ours_over_materialised']:.3f}", file=sys.stderr)
+    else:
+        result = attention(options)
+    text = json.dumps(result, indent=1) + "\n"
     options.json.parent.mkdir(parents=True, exist_ok=True)
     partial = options.json.with_name(options.json.name + ".partial")
     partial.write_text(text, encoding="utf-8")
