@@ -38,7 +38,7 @@
 #include <stdint.h>
 
 /* Raised with every change of this file that a caller could notice. */
-#define SAT_ABI_VERSION 2
+#define SAT_ABI_VERSION 3
 
 #if defined(__GNUC__)
 #define SAT_API __attribute__((visibility("default")))
@@ -77,7 +77,10 @@ typedef struct sat_blocks {
 } sat_blocks;
 
 enum { SAT_ZERO_LOGITS = 0, SAT_RENORMALISED = 1 };
-enum { SAT_FLOAT32 = 0, SAT_BFLOAT16 = 1, SAT_FLOAT16 = 2 };
+/* SAT_TF32: float32 tensors whose products run on tensor cores, in TF32 (11 significant bits, sums in
+ * float32). Only the CUDA library has it: head widths up to 128, from sm_80 on; elsewhere it computes
+ * in float32. */
+enum { SAT_FLOAT32 = 0, SAT_BFLOAT16 = 1, SAT_FLOAT16 = 2, SAT_TF32 = 3 };
 
 /* What every function below that returns int returns; positive values are cudaError_t. */
 enum { SAT_OK = 0, SAT_BAD_ARGUMENT = -1, SAT_NO_MEMORY = -2, SAT_NOT_SUPPORTED = -3 };

@@ -54,12 +54,15 @@ def make_attention(model: Model) -> nn.Module | None:
 
 
 def real_positions(x_BHSd: torch.Tensor, lengths_B: torch.Tensor | None) -> torch.Tensor:
-    """Bool [B, 1, S, 1]: positions that are not padding."""
+    """Bool [B, 1, S, 1]: positions that are not padding, and the first one of an empty sequence.
+
+    Without it an empty sequence had nothing to attend to; what it gets is padding, which the pooling leaves out.
+    """
     B, _, S, _ = x_BHSd.shape
     if lengths_B is None:
         return torch.ones(B, 1, S, 1, dtype=torch.bool, device=x_BHSd.device)
     position = torch.arange(S, device=x_BHSd.device)
-    return (position < lengths_B[:, None])[:, None, :, None]
+    return (position < lengths_B.clamp(min=1)[:, None])[:, None, :, None]
 
 
 def pseudo_inverse(a: torch.Tensor, iterations: int = ITERATIONS) -> torch.Tensor:

@@ -178,8 +178,7 @@ SAT_INLINE void product(Count count, Width width, const float *a, int64_t a_row,
           [&](int64_t dc, auto &sums) SAT_LAMBDA { done(i, c + dc, sums); });
     };
     for (int64_t c = 0; c + kPair <= width; c += kPair) column(Known<2>(), c);
-    if constexpr (std::is_same_v<Width, int64_t>)
-      if (width % kPair) column(Known<1>(), width / kPair * kPair);
+    if (width % kPair) column(Known<1>(), width / kPair * kPair);
   });
 }
 

@@ -41,7 +41,8 @@ const InstructionSet &choose(int64_t width) {
 }
 
 int check(const sat_problem &p, const sat_blocks *b) {
-  if (p.dtype == SAT_BFLOAT16 || p.dtype == SAT_FLOAT16) return SAT_NOT_SUPPORTED;
+  if (p.dtype == SAT_BFLOAT16 || p.dtype == SAT_FLOAT16 || p.dtype == SAT_TF32)
+    return SAT_NOT_SUPPORTED;
   bool good = p.batch >= 0 && p.heads >= 0 && p.length >= 0 && p.width > 0 && p.width % 8 == 0;
   good &= p.denominator == SAT_ZERO_LOGITS || p.denominator == SAT_RENORMALISED;
   good &= p.dtype == SAT_FLOAT32 && p.dropout_p >= 0 && p.dropout_p < 1;

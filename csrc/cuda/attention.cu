@@ -68,7 +68,7 @@ constexpr int64_t kMaxWidth = 256;
 int check(const sat_problem &p, const sat_blocks *b) {
   bool good = p.batch >= 0 && p.heads >= 0 && p.length >= 0 && p.width > 0 && p.width % 8 == 0;
   good &= p.denominator == SAT_ZERO_LOGITS || p.denominator == SAT_RENORMALISED;
-  good &= p.dtype == SAT_FLOAT32 || p.dtype == SAT_BFLOAT16 || p.dtype == SAT_FLOAT16;
+  good &= p.dtype >= SAT_FLOAT32 && p.dtype <= SAT_TF32;
   good &= p.dropout_p >= 0 && p.dropout_p < 1;
   if (b) {
     good &= b->block_size == 16 || b->block_size == 32 || b->block_size == 64;
@@ -81,7 +81,8 @@ int check(const sat_problem &p, const sat_blocks *b) {
 }
 
 Matrix matrix(const sat_problem &p, const sat_tensor &t) {
-  const uintptr_t bytes = p.dtype == SAT_FLOAT32 ? 16 : 8;  // of four elements
+  // of four elements
+  const uintptr_t bytes = p.dtype == SAT_FLOAT32 || p.dtype == SAT_TF32 ? 16 : 8;
   const bool aligned = reinterpret_cast<uintptr_t>(t.data) % bytes == 0 &&
                        t.batch_stride % 4 == 0 && t.head_stride % 4 == 0 && t.row_stride % 4 == 0;
   return {t.data, t.batch_stride, t.head_stride, t.row_stride, aligned};
@@ -130,6 +131,8 @@ Call make_call(const sat_problem &problem, const sat_blocks *blocks, const sat_t
                const float *lse_rest) {
   Call call = {};
   call.problem = problem;
+  call.tensor_cores = problem.dtype == SAT_TF32;
+  if (call.tensor_cores) call.problem.dtype = SAT_FLOAT32;  // of what is read and written
   if (blocks) call.blocks = *blocks;
   call.q = matrix(problem, *q);
   call.k = matrix(problem, *k);

@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(S::threads) forward_kernel(const Call c) {
     load_tile<S>(c, c.v, p, first, p.keys, memory.v);
     __syncthreads();
     float scores[S::owned][S::across];
-    multiply<S>(memory.q, memory.k, p, c.problem.scale, scores);
+    multiply<S>(c, memory.q, memory.k, p, c.problem.scale, memory.weights, scores);
 #pragma unroll
     for (int a = 0; a < S::owned; ++a) {
       float higher = highest[a];
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(S::threads) forward_kernel(const Call c) {
       }
     }
     __syncwarp();  // the weights of a row are written and read by one warp
-    accumulate<S>(memory.weights, memory.v, p, sum);
+    accumulate<S>(c, memory.weights, memory.v, p, sum);
   }
   const bool empty = tiles.count == 0 || tiles.start(0) == tiles.end;
 #pragma unroll
@@ -120,6 +120,7 @@ struct Normaliser {
 template <class S>
 struct alignas(16) MapMemory {
   float q[S::rows][S::stride], k[S::columns][S::stride];
+  Weights<S> weights;  // scratch of tensor cores
 };
 
 // The mean map: a thread block owns a tile of it and adds up all batches and heads in order.
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(S::threads) map_kernel(const Call c) {
     load_tile<S>(c, c.k, p, first, p.keys, memory.k);
     __syncthreads();
     float scores[S::owned][S::across];
-    multiply<S>(memory.q, memory.k, p, c.problem.scale, scores);
+    multiply<S>(c, memory.q, memory.k, p, c.problem.scale, memory.weights, scores);
 #pragma unroll
     for (int a = 0; a < S::owned; ++a) {
       const int i = first_row + p.row + a;
@@ -185,7 +186,7 @@ template <class S>
 struct alignas(16) QueryGradientMemory {
   float q[S::rows][S::stride], d_o[S::rows][S::stride];
   float k[S::columns][S::stride], v[S::columns][S::stride];
-  Weights<S> d_scores;
+  Weights<S> weights;  // ds
 };
 
 template <class S>
@@ -219,8 +220,8 @@ __global__ void __launch_bounds__(S::threads) query_gradient_kernel(const Call c
     load_tile<S>(c, c.v, p, first, p.keys, memory.v);
     __syncthreads();
     float scores[S::owned][S::across], d_weights[S::owned][S::across];
-    multiply<S>(memory.q, memory.k, p, c.problem.scale, scores);
-    multiply<S>(memory.d_o, memory.v, p, 1.0f, d_weights);
+    multiply<S>(c, memory.q, memory.k, p, c.problem.scale, memory.weights, scores);
+    multiply<S>(c, memory.d_o, memory.v, p, 1.0f, memory.weights, d_weights);
 #pragma unroll
     for (int a = 0; a < S::owned; ++a) {
       const uint64_t z = c.dropped ? dropout_row(c, p, p.first + p.row + a) : 0;
@@ -229,12 +230,12 @@ __global__ void __launch_bounds__(S::threads) query_gradient_kernel(const Call c
         const int column = p.lane + b * kLanes;
         const float weight = expf((scores[a][b] - large[a]) - small[a]);
         const float factor = c.dropped ? dropout_factor(c, z, first + column) : 1.0f;
-        memory.d_scores[p.row + a][column] =
+        memory.weights[p.row + a][column] =
             first + column < p.keys ? weight * (factor * d_weights[a][b] - delta[a]) : 0.0f;
       }
     }
     __syncwarp();
-    accumulate<S>(memory.d_scores, memory.k, p, sum);
+    accumulate<S>(c, memory.weights, memory.k, p, sum);
   }
 #pragma unroll
   for (int a = 0; a < S::owned; ++a)
@@ -283,8 +284,8 @@ __global__ void __launch_bounds__(S::threads) key_gradient_kernel(const Call c) 
     }
     __syncthreads();
     float scores[S::owned][S::across], d_weights[S::owned][S::across];
-    multiply<S>(memory.k, memory.q, p, c.problem.scale, scores);
-    multiply<S>(memory.v, memory.d_o, p, 1.0f, d_weights);
+    multiply<S>(c, memory.k, memory.q, p, c.problem.scale, memory.weights, scores);
+    multiply<S>(c, memory.v, memory.d_o, p, 1.0f, memory.weights, d_weights);
 #pragma unroll
     for (int b = 0; b < S::across; ++b) {
       const int column = p.lane + b * kLanes;
@@ -300,7 +301,7 @@ __global__ void __launch_bounds__(S::threads) key_gradient_kernel(const Call c) 
       }
     }
     __syncwarp();
-    accumulate<S>(memory.weights, memory.d_o, p, dv);
+    accumulate<S>(c, memory.weights, memory.d_o, p, dv);
     __syncwarp();
 #pragma unroll
     for (int a = 0; a < S::owned; ++a)
@@ -308,7 +309,7 @@ __global__ void __launch_bounds__(S::threads) key_gradient_kernel(const Call c) 
       for (int b = 0; b < S::across; ++b)
         memory.weights[p.row + a][p.lane + b * kLanes] = scores[a][b];
     __syncwarp();
-    accumulate<S>(memory.weights, memory.q, p, dk);
+    accumulate<S>(c, memory.weights, memory.q, p, dk);
   }
 #pragma unroll
   for (int a = 0; a < S::owned; ++a) {

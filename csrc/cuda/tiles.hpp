@@ -15,6 +15,12 @@
 
 namespace sat {
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define SAT_TENSOR_CORES false  // not for TF32
+#else
+#define SAT_TENSOR_CORES true
+#endif
+
 constexpr int kLanes = 8;
 constexpr unsigned kWarp = 0xffffffffu;
 
@@ -28,6 +34,9 @@ struct Shape {
   static constexpr int threads = Rows / owned * kLanes;
   static constexpr int across = columns / kLanes;     // scores of a row that a thread owns
   static constexpr int vectors = Width / 4 / kLanes;  // float4s of a row that a thread owns
+  // Tensor cores multiply by 8 rows, a warp has 4 groups of `owned` rows.
+  static constexpr bool tensor_cores = owned >= 2 && SAT_TENSOR_CORES;
+  static constexpr int pieces = owned / 2;  // times 8 rows of a warp
   static_assert(vectors >= 1 && across >= 1 && threads % 32 == 0, "a thread owns something");
 };
 
@@ -48,9 +57,11 @@ struct Call {
   int block;                 // block size, 0: dense attention
   uint32_t dropped;          // t of sat_kernels.h; 0: no dropout
   float kept_factor;         // what a weight that is kept is multiplied by
+  bool tensor_cores;         // products in TF32
 };
 
-// Dynamic shared memory as a T: the only lines that the emulation cannot share with CUDA.
+// Dynamic shared memory as a T. This and the two instructions of tensor cores below are the only
+// lines that the emulation does not share with CUDA.
 template <class T>
 __device__ __forceinline__ T &dynamic_shared() {
 #ifdef __CUDACC__
@@ -196,13 +207,147 @@ __device__ __forceinline__ void load_tile(const Call &c, const Matrix &m, const 
   }
 }
 
-// products[a][b] = factor * <row a of the thread, column b of the thread>. Every kernel gets the
-// same bits for the same query and key: no addition that follows may be fused with the last
+// A row of weights for every row of the tile, padded like the tiles.
+template <class S>
+using Weights = float[S::rows][S::columns + 4];
+
+// ---- Tensor cores -------------------------------------------------------------------------------
+//
+// One instruction of a warp: a 16 x 8 matrix += a 16 x 8 one times an 8 x 8 one. Lane 4 g + t holds
+// of the first (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4), of the second (t, g), (t + 4, g), of
+// the sum (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1); PTX ISA, mma.m16n8k8. The rows of a
+// tile are the 8: a warp has 8 or 16 of them. Sums go through shared memory to the threads that own
+// them.
+
+// Rounded to TF32, to the nearest.
+__device__ __forceinline__ uint32_t tf32(float x) {
+#ifdef __CUDACC__
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+#else
+  return emulation::round_to_tf32(x);
+#endif
+}
+
+__device__ __forceinline__ void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                             float (&sum)[4]) {
+#ifdef __CUDACC__
+#if SAT_TENSOR_CORES
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+#else
+  emulation::multiply_add_tf32(a, b, sum);
+#endif
+}
+
+// Where a lane is in the matrices above, and the first row of its warp.
+struct Lane {
+  int g, t, row;
+
+  __device__ __forceinline__ explicit Lane(int owned)
+      : g(threadIdx.x % 32 / 4), t(threadIdx.x % 4), row(threadIdx.x / 32 * 4 * owned) {}
+};
+
+// Hands the sums of 16 columns to shared memory: to[row][first + 0 ... 15].
+template <class S>
+__device__ __forceinline__ void hand_over(const float (&sum)[S::pieces][4], const Lane &l,
+                                          int first, Weights<S> &to) {
+#pragma unroll
+  for (int n = 0; n < S::pieces; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      to[l.row + n * 8 + l.t * 2 + e % 2][first + l.g + e / 2 * 8] = sum[n][e];
+}
+
+// multiply (below) on tensor cores. `scratch`: of the same rows, overwritten.
+template <class S>
+__device__ __forceinline__ void multiply_tf32(const float (*rows)[S::stride],
+                                              const float (*columns)[S::stride], const Place &p,
+                                              float factor, Weights<S> &scratch,
+                                              float (&products)[S::owned][S::across]) {
+  const Lane l(S::owned);
+#pragma unroll
+  for (int m = 0; m < S::columns; m += 16) {
+    float sum[S::pieces][4] = {};
+#pragma unroll 4
+    for (int d = 0; d < S::width; d += 8) {
+      uint32_t a[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) a[e] = tf32(columns[m + l.g + e % 2 * 8][d + l.t + e / 2 * 4]);
+#pragma unroll
+      for (int n = 0; n < S::pieces; ++n) {
+        const float *row = rows[l.row + n * 8 + l.g] + d + l.t;
+        const uint32_t b[2] = {tf32(row[0]), tf32(row[4])};
+        multiply_add(a, b, sum[n]);
+      }
+    }
+    hand_over<S>(sum, l, m, scratch);
+  }
+  __syncwarp();  // the sums are there
+#pragma unroll
+  for (int a = 0; a < S::owned; ++a)
+#pragma unroll
+    for (int b = 0; b < S::across; ++b)
+      products[a][b] = __fmul_rn(factor, scratch[p.row + a][p.lane + b * kLanes]);
+  __syncwarp();  // the scratch can be written again
+}
+
+// accumulate (below) on tensor cores; overwrites the weights.
+template <class S>
+__device__ __forceinline__ void accumulate_tf32(Weights<S> &weights,
+                                                const float (*columns)[S::stride], const Place &p,
+                                                float4 (&sum)[S::owned][S::vectors]) {
+  const Lane l(S::owned);
+  uint32_t b[S::pieces][S::columns / 8][2];
+#pragma unroll
+  for (int n = 0; n < S::pieces; ++n)
+#pragma unroll
+    for (int t = 0; t < S::columns; t += 8) {
+      b[n][t / 8][0] = tf32(weights[l.row + n * 8 + l.g][t + l.t]);
+      b[n][t / 8][1] = tf32(weights[l.row + n * 8 + l.g][t + l.t + 4]);
+    }
+  __syncwarp();  // all of the warp have read their weights, whose place is scratch from here on
+#pragma unroll
+  for (int d = 0; d < S::width; d += 16) {
+    float part[S::pieces][4] = {};
+#pragma unroll
+    for (int t = 0; t < S::columns; t += 8) {
+      uint32_t a[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) a[e] = tf32(columns[t + l.t + e / 2 * 4][d + l.g + e % 2 * 8]);
+#pragma unroll
+      for (int n = 0; n < S::pieces; ++n) multiply_add(a, b[n][t / 8], part[n]);
+    }
+    hand_over<S>(part, l, 0, weights);
+    __syncwarp();  // the sums are there
+    if (p.lane / 4 == d / 16 % 2) {  // float4 e of a thread begins at 4 lane + 32 e
+#pragma unroll
+      for (int a = 0; a < S::owned; ++a) {
+        const float4 x = *reinterpret_cast<const float4 *>(&weights[p.row + a][p.lane % 4 * 4]);
+        float4 &to = sum[a][d / 32];
+        to = make_float4(to.x + x.x, to.y + x.y, to.z + x.z, to.w + x.w);
+      }
+    }
+    __syncwarp();  // the scratch can be written again
+  }
+}
+
+// ---- Products -----------------------------------------------------------------------------------
+
+// products[a][b] = factor * <row a of the thread, column b of the thread>. In float32 every kernel
+// gets the same bits for the same query and key: no addition that follows may be fused with the last
 // product.
 template <class S>
-__device__ __forceinline__ void multiply(const float (*rows)[S::stride],
+__device__ __forceinline__ void multiply(const Call &c, const float (*rows)[S::stride],
                                          const float (*columns)[S::stride], const Place &p,
-                                         float factor, float (&products)[S::owned][S::across]) {
+                                         float factor, Weights<S> &scratch,
+                                         float (&products)[S::owned][S::across]) {
+  if constexpr (S::tensor_cores)
+    if (c.tensor_cores) return multiply_tf32<S>(rows, columns, p, factor, scratch, products);
 #pragma unroll
   for (int a = 0; a < S::owned; ++a)
 #pragma unroll
@@ -231,15 +376,13 @@ __device__ __forceinline__ void multiply(const float (*rows)[S::stride],
     for (int b = 0; b < S::across; ++b) products[a][b] = __fmul_rn(factor, products[a][b]);
 }
 
-// A row of weights for every row of the tile, padded like the tiles.
-template <class S>
-using Weights = float[S::rows][S::columns + 4];
-
 // sum[a][e] += sum_t weights[row a][t] * columns[t][float4 e of the thread]
 template <class S>
-__device__ __forceinline__ void accumulate(const Weights<S> &weights,
+__device__ __forceinline__ void accumulate(const Call &c, Weights<S> &weights,
                                            const float (*columns)[S::stride], const Place &p,
                                            float4 (&sum)[S::owned][S::vectors]) {
+  if constexpr (S::tensor_cores)
+    if (c.tensor_cores) return accumulate_tf32<S>(weights, columns, p, sum);
 #pragma unroll 2
   for (int t = 0; t < S::columns; t += 4) {
     float4 w[S::owned];

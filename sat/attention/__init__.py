@@ -7,6 +7,9 @@ kernels of the tensors' device once they have been checked against `reference` i
 GPU without them `flex` after the same check; `selected_backend(device_type)` names the choice,
 `python -m sat.backends` prints all of them.
 
+Where torch is set to multiply float32 in TF32 on GPUs, torch.set_float32_matmul_precision("high"), the
+`cuda` kernels do so too, on tensor cores (head widths up to 128, from sm_80 on).
+
 The kernel libraries come from the folder $SAT_KERNELS or the newest results/<run>/kernels.
 """
 

@@ -5,6 +5,7 @@ dimension is contiguous; ctypes hands pointers and strides to libsat_cpu.so or l
 check nothing: sat.attention does.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -18,10 +19,11 @@ import torch
 
 from sat.attention.blocks import block_csr
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 BLOCK_SIZES = (16, 32, 64)
 DENOMINATORS = ("zero_logits", "renormalised")  # in the order of the C enum
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the C enum
+TF32 = 3  # and float32 with products in TF32
 MAX_CUDA_WIDTH = 256
 BUILD_COMMAND = "snakemake --cores 1 kernels"
 PROJECT = Path(__file__).resolve().parents[2]
@@ -104,6 +106,29 @@ def _tensor(x: torch.Tensor) -> bytes:
     return _TENSOR.pack(x.data_ptr(), *x.stride()[:3])
 
 
+_forced_tf32: bool | None = None  # of products_in_tf32, for all threads: a backward runs in another
+
+
+@contextlib.contextmanager
+def products_in_tf32(chosen: bool):
+    """Within it the CUDA kernels multiply float32 in TF32 or not, whatever torch is set to."""
+    global _forced_tf32
+    _forced_tf32 = chosen
+    try:
+        yield
+    finally:
+        _forced_tf32 = None
+
+
+def uses_tf32(x: torch.Tensor) -> bool:
+    """Whether products of a tensor run on tensor cores, as torch is set for its own matrix products."""
+    if not x.is_cuda or x.dtype != torch.float32:
+        return False
+    if _forced_tf32 is not None:
+        return _forced_tf32
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def _problem(q, key_lengths, query_lengths, denominator, dropout_p, seed) -> bytes:
     return _PROBLEM.pack(
         *q.shape,
@@ -111,7 +136,7 @@ def _problem(q, key_lengths, query_lengths, denominator, dropout_p, seed) -> byt
         0 if query_lengths is None else query_lengths.data_ptr(),
         q.shape[-1] ** -0.5,
         DENOMINATORS.index(denominator),
-        DTYPES.index(q.dtype),
+        TF32 if uses_tf32(q) else DTYPES.index(q.dtype),
         dropout_p,
         seed.item() % 2**64 if dropout_p > 0 else 0,
     )
@@ -154,6 +179,33 @@ def _blocks(csr, block_size: int) -> bytes:
     return _BLOCKS.pack(block_size, *(x.data_ptr() for x in csr))
 
 
+def _forward(name, problem, blocks, q, k, v, *rest) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of a forward of the library; rest: its last arguments."""
+    o, sums = _new_like(q), _new_sums(q)
+    _call(name, q, problem, *blocks, *map(_tensor, (q, k, v, o)), *_pointers(sums), *rest)
+    return o, sums
+
+
+def _backward(
+    name, problem, blocks, d_o, q, k, v, o, sums
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv of a backward of the library."""
+    gradients = _new_like(q), _new_like(k), _new_like(v)
+    d_o = last_contiguous(d_o)
+    delta = torch.empty_like(sums[0]) if q.is_cuda else None
+    _call(
+        name,
+        q,
+        problem,
+        *blocks,
+        *map(_tensor, (q, k, v, o)),
+        *_pointers(sums),
+        *map(_tensor, (d_o, *gradients)),
+        None if delta is None else delta.data_ptr(),
+    )
+    return gradients
+
+
 def _block_sparse(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -169,18 +221,9 @@ def _block_sparse(
 
     seed: int64 [] on the CPU, None without dropout.
     """
-    o, sums = _new_like(q), _new_sums(q)
     csr = block_csr(block_mask, q.device)
     problem = _problem(q, lengths, lengths, denominator, dropout_p, seed)
-    _call(
-        "sat_block_sparse_forward",
-        q,
-        problem,
-        _blocks(csr, block_size),
-        *map(_tensor, (q, k, v, o)),
-        *_pointers(sums),
-    )
-    return o, sums
+    return _forward("sat_block_sparse_forward", problem, [_blocks(csr, block_size)], q, k, v)
 
 
 def _block_sparse_backward(
@@ -198,22 +241,10 @@ def _block_sparse_backward(
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv [B, H, N, D]."""
-    gradients = _new_like(q), _new_like(k), _new_like(v)
-    d_o = last_contiguous(d_o)
     csr = block_csr(block_mask, q.device)
-    delta = torch.empty_like(sums[0]) if q.is_cuda else None
     problem = _problem(q, lengths, lengths, denominator, dropout_p, seed)
-    _call(
-        "sat_block_sparse_backward",
-        q,
-        problem,
-        _blocks(csr, block_size),
-        *map(_tensor, (q, k, v, o)),
-        *_pointers(sums),
-        *map(_tensor, (d_o, *gradients)),
-        None if delta is None else delta.data_ptr(),
-    )
-    return gradients
+    blocks = [_blocks(csr, block_size)]
+    return _backward("sat_block_sparse_backward", problem, blocks, d_o, q, k, v, o, sums)
 
 
 def _dense(
@@ -227,18 +258,11 @@ def _dense(
     return_map: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp as block_sparse, mean map [N, N] (empty without return_map)."""
-    o, sums = _new_like(q), _new_sums(q)
-    mean_map = sums.new_empty(q.shape[2:3] * 2 if return_map else 0)
+    size = q.shape[2:3] * 2 if return_map else 0
+    mean_map = torch.empty(size, dtype=torch.float32, device=q.device)
+    place = mean_map.data_ptr() if return_map else None
     problem = _problem(q, key_lengths, query_lengths, "renormalised", dropout_p, seed)
-    _call(
-        "sat_dense_forward",
-        q,
-        problem,
-        *map(_tensor, (q, k, v, o)),
-        *_pointers(sums),
-        mean_map.data_ptr() if return_map else None,
-    )
-    return o, sums, mean_map
+    return *_forward("sat_dense_forward", problem, [], q, k, v, place), mean_map
 
 
 def _dense_backward(
@@ -254,20 +278,8 @@ def _dense_backward(
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv [B, H, N, D]."""
-    gradients = _new_like(q), _new_like(k), _new_like(v)
-    d_o = last_contiguous(d_o)
-    delta = torch.empty_like(sums[0]) if q.is_cuda else None
     problem = _problem(q, key_lengths, query_lengths, "renormalised", dropout_p, seed)
-    _call(
-        "sat_dense_backward",
-        q,
-        problem,
-        *map(_tensor, (q, k, v, o)),
-        *_pointers(sums),
-        *map(_tensor, (d_o, *gradients)),
-        None if delta is None else delta.data_ptr(),
-    )
-    return gradients
+    return _backward("sat_dense_backward", problem, [], d_o, q, k, v, o, sums)
 
 
 _operator = functools.partial(

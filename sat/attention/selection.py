@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("cuda", "cpu", "flex", "reference")
 CANDIDATES = {"cuda": ("cuda", "flex"), "cpu": ("cpu",)}  # of "auto" on a device, fastest first
 TOLERANCE = 1e-5  # largest error against float64, relative to the largest value
+TF32_TOLERANCE = 4e-3  # of products whose factors have 11 significant bits
 
 
 def unavailable(backend: str) -> str | None:
@@ -118,13 +119,19 @@ def _failure(backend: str) -> str | None:
     """Why a backend is not trusted, or None if it is available and gives the numbers of reference."""
     if reason := unavailable(backend):
         return reason
-    try:
-        error = largest_error(backend)
-    except RuntimeError as exception:  # of CUDA, or of torch's compiler
-        return f"its check failed: {exception}"
-    if error <= TOLERANCE:
-        return None
-    return f"its kernels differ from reference by {error:.1e}, allowed {TOLERANCE:.0e}"
+    checks = [(False, TOLERANCE)]
+    if backend == "cuda":
+        checks.append((True, TF32_TOLERANCE))
+    for tf32, tolerance in checks:
+        try:
+            with kernels.products_in_tf32(tf32):
+                error = largest_error(backend)
+        except RuntimeError as exception:  # of CUDA, or of torch's compiler
+            return f"its check failed: {exception}"
+        if not error <= tolerance:
+            name = "its kernels in TF32" if tf32 else "its kernels"
+            return f"{name} differ from reference by {error:.1e}, allowed {tolerance:.0e}"
+    return None
 
 
 @functools.cache

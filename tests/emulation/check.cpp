@@ -1,8 +1,8 @@
-// Calls every entry point of the emulated CUDA library, for the sanitizers, and compares float32
-// values and gradients with loops in double.
+// Calls every entry point of the emulated CUDA library, for the sanitizers, or of a CPU library, and
+// compares float32 values and gradients with loops in double.
 //
-//   check LENGTH WIDTH BLOCK_SIZE     prints the largest error; exit 1 above 1e-5 of the largest
-//   value
+//   check LENGTH WIDTH BLOCK_SIZE [INSTRUCTION_SET]     prints the largest error; exit 1 above 1e-5
+//   of the largest value. With the name of an instruction set float32 only: a CPU library has no more.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -155,15 +155,19 @@ void run(const Case &c, int32_t dtype, float dropout_p, bool odd) {
 }  // namespace
 
 int main(int count, char **arguments) {
-  if (count != 4) return 2;
+  if (count != 4 && count != 5) return 2;
+  const bool on_cpu = count == 5;
+  if (on_cpu) expect(sat_use_instruction_set(arguments[4]));
   const int length = std::atoi(arguments[1]), width = std::atoi(arguments[2]);
   for (const int block : {std::atoi(arguments[3]), 0}) {
     const Case c(length, width, block);
     run(c, SAT_FLOAT32, 0.0f, false);
     run(c, SAT_FLOAT32, 0.0f, true);
     run(c, SAT_FLOAT32, 0.1f, false);
+    if (on_cpu) continue;
     run(c, SAT_BFLOAT16, 0.0f, false);
     run(c, SAT_FLOAT16, 0.0f, true);
+    run(c, SAT_TF32, 0.0f, true);
   }
   std::printf("largest error %.1e\n", largest_error);
   return largest_error <= 1e-5 ? 0 : 1;

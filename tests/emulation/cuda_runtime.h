@@ -28,11 +28,12 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float __fmul_rn(float a, float b) { return a * b; }  // compile with -ffp-contract=off
 
 // A barrier can be left out, to see that its absence is noticed: see emulation.hpp.
-inline void __syncthreads(int line = __builtin_LINE()) {
-  if (line != emulation::skipped_line) emulation::wait_for_block();
+inline void __syncthreads(const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
+  if (!emulation::is_skipped(file, line)) emulation::wait_for_block();
 }
-inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
-  if (line != emulation::skipped_line) emulation::wait_for_warp(mask, true);
+inline void __syncwarp(unsigned mask = 0xffffffffu, const char *file = __builtin_FILE(),
+                       int line = __builtin_LINE()) {
+  if (!emulation::is_skipped(file, line)) emulation::wait_for_warp(mask, true);
 }
 
 template <class T>

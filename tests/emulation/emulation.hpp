@@ -8,12 +8,13 @@
 // Under ThreadSanitizer every CUDA thread is a thread of its own to the sanitizer: a switch orders
 // nothing, only barriers do. Under AddressSanitizer the stacks of the fibers are announced to it.
 //
-// SAT_EMULATION_SKIP=LINE leaves out the barriers on that line of the source, for tests.
+// SAT_EMULATION_SKIP=FILE:LINE leaves out the barrier on that line of the source, for tests.
 //
 // Fibers switch by a few lines of x86-64 assembly; elsewhere, or with -DSAT_EMULATION_UCONTEXT, by
 // ucontext, which is ten times slower.
 //
-// Not emulated: more than one block at a time, shuffles of a part of a warp, inline PTX, textures.
+// Of inline PTX there are the two instructions of tensor cores that our kernels use. Not emulated:
+// more than one block at a time, shuffles of a part of a warp, textures.
 #pragma once
 
 #include <sys/mman.h>
@@ -120,12 +121,13 @@ struct Thread {
   void *fake_stack = nullptr;  // AddressSanitizer's
   void *fiber = nullptr;       // ThreadSanitizer's
   unsigned warp_waits = 0, block_waits = 0;
-  uint32_t exchanged[2] = {};  // what the thread hands over in a shuffle, by turns
+  uint32_t exchanged[2] = {};    // what the thread hands over in a shuffle, by turns
+  uint32_t operands[2][6] = {};  // and to tensor cores
 };
 
 inline Thread threads[kMaxThreads];
 inline unsigned num_threads, running;
-inline int skipped_line;
+inline const char *skipped = "";  // FILE:LINE
 inline Context scheduler;
 inline void *scheduler_fiber, *scheduler_fake_stack;
 inline const void *scheduler_stack;
@@ -201,6 +203,15 @@ EMULATION_INTERNAL inline void entry() {
   suspend(kReturned);
 }
 
+// Whether the barrier at a place of the source is left out.
+inline bool is_skipped(const char *file, int line) {
+  if (!*skipped) return false;
+  char place[256];
+  const char *name = std::strrchr(file, '/');
+  std::snprintf(place, sizeof(place), "%s:%d", name ? name + 1 : file, line);
+  return std::strcmp(place, skipped) == 0;
+}
+
 EMULATION_INTERNAL inline void wait_for_block() {
   char *clock = &block_clocks[threads[running].block_waits++ % 2];
   release(clock);
@@ -226,6 +237,41 @@ EMULATION_INTERNAL inline uint32_t exchange(unsigned mask, uint32_t value, unsig
   const unsigned source = running / kWarpSize * kWarpSize + lane;
   if (source >= num_threads) fail("a shuffle reads a lane that the block does not have");
   return threads[source].exchanged[turn];
+}
+
+// ---- Tensor cores -------------------------------------------------------------------------------
+
+// cvt.rna.tf32.f32: the nearest number of 10 bits after the leading one, ties away from 0.
+inline uint32_t round_to_tf32(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffffffu;  // NaN
+  if ((bits & 0x7f800000u) == 0x7f800000u) return bits;
+  return (bits + 0x1000u) & ~0x1fffu;
+}
+
+EMULATION_INTERNAL inline float operand(unsigned lane, unsigned turn, int number) {
+  const uint32_t bits = threads[running / kWarpSize * kWarpSize + lane].operands[turn][number];
+  if (bits & 0x1fffu && bits != 0x7fffffffu) fail("an operand of tensor cores is not in TF32");
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 of the calling warp; the places of the elements
+// are those of csrc/cuda/tiles.hpp. Turns as in `exchange`.
+EMULATION_INTERNAL inline void multiply_add_tf32(const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                                 float (&sum)[4]) {
+  if (num_threads % kWarpSize) fail("tensor cores need whole warps");
+  const unsigned turn = threads[running].warp_waits % 2;
+  std::memcpy(threads[running].operands[turn], a, sizeof(a));
+  std::memcpy(threads[running].operands[turn] + 4, b, sizeof(b));
+  wait_for_warp(0xffffffffu, false);
+  const unsigned lane = running % kWarpSize, g = lane / 4, t = lane % 4;
+  for (unsigned e = 0; e < 4; ++e)
+    for (unsigned k = 0; k < 8; ++k)
+      sum[e] += operand(g * 4 + k % 4, turn, e / 2 + k / 4 * 2) *
+                operand((t * 2 + e % 2) * 4 + k % 4, turn, 4 + k / 4);
 }
 
 // ---- The scheduler ------------------------------------------------------------------------------
@@ -300,7 +346,7 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, void (*function)(
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const char *order = std::getenv("SAT_EMULATION_ORDER");
   const char *skip = std::getenv("SAT_EMULATION_SKIP");
-  skipped_line = skip ? std::atoi(skip) : 0;
+  skipped = skip ? skip : "";
   const bool reversed = order && std::strcmp(order, "reversed") == 0;
   gridDim = grid;
   blockDim = block;

@@ -130,6 +130,33 @@ def test_smaller_types(backend, dtype):
     check(dense(), backend, random((2, 2, 70, 32)), dtype)
 
 
+@pytest.mark.parametrize(
+    ("length", "width", "block_size"), [(64, 32, 16), (128, 64, 32), (128, 40, 64), (64, 128, 32)]
+)
+def test_products_in_tf32(backend, monkeypatch, length, width, block_size):
+    """On tensor cores: within TF32's error, and not in float32."""
+    monkeypatch.setattr(kernels, "uses_tf32", lambda x: x.dtype == torch.float32)
+    inputs = random((2, 2, length, width))
+    lengths = torch.tensor([length, length - 19], dtype=torch.int32)
+    call = sparse(random_mask(length // block_size), block_size, lengths, dropout_p=0.1)
+    check(call, backend, inputs, share=selection.TF32_TOLERANCE)
+    check(dense(lengths), backend, inputs, share=selection.TF32_TOLERANCE)
+    with pytest.raises(AssertionError, match=" > "):
+        check(call, backend, inputs, rounding=0)
+
+
+def test_tf32_gives_the_bits_of_rounded_factors(monkeypatch):
+    """Scores of small integers are exact in TF32, so that nothing but the weights is rounded."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randint(-2, 3, (1, 1, 64, 64), generator=generator).float() for _ in range(3))
+    outputs = []
+    for tf32 in (False, True):
+        monkeypatch.setattr(kernels, "uses_tf32", lambda x, tf32=tf32: tf32)
+        outputs.append(dense()("cpu", q, k, v))
+    assert torch.equal(outputs[0][1], outputs[1][1])  # the map
+    assert not torch.equal(outputs[0][0], outputs[1][0])
+
+
 @pytest.mark.parametrize("scale", [1e4, -1e4])
 @pytest.mark.parametrize("denominator", kernels.DENOMINATORS)
 def test_scores_of_ten_thousand(backend, scale, denominator):
@@ -224,7 +251,7 @@ def problem_of(**changes):
         ({"width": 12}, 32, -1),
         ({"width": 264}, 32, -3),
         ({"length": 65}, 32, -1),
-        ({"dtype": 3}, 32, -1),
+        ({"dtype": 4}, 32, -1),
         ({"denominator": 2}, 32, -1),
         ({"dropout_p": 1.0}, 32, -1),
         ({"batch": -1}, 32, -1),

@@ -80,6 +80,15 @@ def test_full_lengths_are_no_lengths(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_an_empty_sequence_gives_numbers(name):
+    model, attention = made(name)
+    q, k, v = qkv_of(model)
+    o = attention(q, k, v, torch.tensor([0, 1, S]))
+    assert o.isfinite().all()
+    assert torch.autograd.grad(o.sum(), v)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_it_is_not_random_once_it_is_made(name):
     model, attention = made(name)
     q, k, v = qkv_of(model)

@@ -2,6 +2,7 @@
 
     python workflow/scripts/benchmark_report.py attention.json --output-dir results/lra/benchmark
 
+Several files are parts of one benchmark; the speed-ups of each are over the reference in it. It
 writes attention.csv (every measurement), attention.md (speed-ups with marks for what they should
 reach) and the figures speedup.svg, time.svg, memory.svg.
 """
@@ -19,6 +20,7 @@ from figures import COLOURS, STYLE
 from matplotlib.figure import Figure
 
 KEY = ["batch", "length"]
+CALL = ["implementation", "pass", *KEY, "block_size", "density"]
 # Least and wanted (speed-up over dense SDPA) * density, for densities from the first number on.
 BARS = {
     "forward+backward": [(0.1, 1.0, 1.4), (0.05, 0.9, 1.3), (0.0, 0.65, 1.1)],
@@ -59,17 +61,15 @@ def markdown(record: dict, frame: pd.DataFrame) -> str:
         "forward+backward | over FlexAttention, forward | half padded, time |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    times = frame.set_index(["implementation", "pass", *KEY, "block_size", "density"]).seconds
+    indexed = frame.set_index(CALL)
+    times, speedups = indexed.seconds, indexed.speedup
     ours = frame[(frame.implementation == "sat") & (frame["pass"] == "forward")]
     for row in ours.to_dict("records"):
         place = (*(row[key] for key in KEY), row["block_size"], row["density"])
         cells = [str(x) for x in (*place[:2], int(place[2]), place[3])]
         for kind in PASSES:
             bars = next(bars for bars in BARS[kind] if row["density"] >= bars[0])
-            sdpa = frame[(frame["pass"] == kind) & (frame.implementation == "sdpa")]
-            sdpa = sdpa.set_index(KEY).seconds[place[:2]]
-            ratio = sdpa / times["sat", kind, *place] * row["selected"]
-            cells.append(mark(ratio, *bars[1:]))
+            cells.append(mark(speedups["sat", kind, *place] * row["selected"], *bars[1:]))
         for other, kind, least, wanted in (
             ("gather + bmm", "forward+backward", 1.5, 2.3),
             ("flex", "forward", 1.5, 2.5),
@@ -114,6 +114,9 @@ def svg(figure: Figure) -> str:
 def new_axes(xlabel: str, ylabel: str):
     figure = Figure(figsize=(6.4, 4.2))
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
     return figure, axes
 
 
@@ -163,14 +166,21 @@ def growth_figure(frame: pd.DataFrame, column: str, ylabel: str, scale: float) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("json", type=Path)
+    parser.add_argument("json", type=Path, nargs="+")
     parser.add_argument("--output-dir", type=Path, required=True)
     options = parser.parse_args()
-    try:
-        record = json.loads(options.json.read_text(encoding="utf-8"))
-        frame = with_speedups(record["results"])
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"error: {options.json}: expected a file of sat.benchmark, got {error!r}")
+    records, frames = [], []
+    for path in options.json:
+        try:
+            records.append(json.loads(path.read_text(encoding="utf-8")))
+            frames.append(with_speedups(records[-1]["results"]))
+        except (OSError, ValueError, KeyError) as error:
+            sys.exit(f"error: {path}: expected a file of sat.benchmark, got {error!r}")
+    frame = pd.concat(frames, ignore_index=True).drop_duplicates(CALL)
+    record = records[0] | {
+        "load": max(x["load"] for x in records),
+        "rounds": min(x["rounds"] for x in records),
+    }
     with matplotlib.rc_context(STYLE):
         contents = {
             "attention.csv": frame.to_csv(index=False, float_format="%.6g"),
