@@ -1,4 +1,5 @@
-"""Losses of a tiny run, dense, then sparse, as stored in golden_losses.json; a change of what a step computes changes them.
+"""Losses of a tiny run, dense, then sparse, as golden_losses.json has them; only a change of what a step computes
+changes them.
 
     PYTHONPATH=. .venvs/test/bin/python tests/unit/golden_losses.py
 
@@ -29,10 +30,16 @@ CHANGES = {
 
 
 def machine() -> dict[str, str]:
-    """Where losses are the same to the last bit: the processor's kind and the version of torch."""
-    device = runtime.describe_device(torch.device("cpu"))
-    return {"cpu": device["name"], "capability": torch.backends.cpu.get_cpu_capability()} | {
-        "torch": torch.__version__
+    """Where losses are the same to the last bit: the processor, what torch uses of it, the version of torch."""
+    keys = ("vendor_id", "cpu family", "model", "stepping")
+    try:
+        lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    except OSError:
+        lines = []
+    cpu = {line[0].strip(): line[1].strip() for line in reversed(lines) if len(line) == 2}
+    return {key: cpu.get(key, "") for key in keys} | {
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
     }
 
 
