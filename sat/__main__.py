@@ -3,6 +3,8 @@
     python -m sat --mode train --task lra-image --random 1001 --name sat --sk 1.7 --ds 1.3
     python -m sat --mode eval  --task lra-image --random 1001 --name sat
 
+    python -m sat --mode train --task lra-image --name sat --processes 4      # a GPU each, one training
+
 reads data/<run>/<task>/ and config/, and writes results/<run>/runs/<task>/<name>/seed<random>/; <run> is lra unless
 --run names another one (config/<run>.yaml). The pipeline passes the settings whole (--settings).
 """
@@ -17,7 +19,8 @@ import sys
 from pathlib import Path
 
 from sat import config as settings
-from sat.launch import with_allocator_settings
+from sat import gpu_lock
+from sat.launch import is_main, with_allocator_settings
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -59,7 +62,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="folder of the compiled kernels (default: results/<run>/kernels)",
     )
     where.add_argument("--device", choices=["cpu"], help="cpu: do not use a GPU")
-    where.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    where.add_argument(
+        "--threads", type=int, help="CPU threads of all processes together (default: torch's)"
+    )
+    where.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share every batch, each with a GPU of its own where there are any",
+    )
     options = parser.parse_args(arguments)
     if options.task is None and options.settings is None:
         parser.error("name the training with --task")
@@ -80,17 +92,58 @@ def resolve(options: argparse.Namespace) -> dict:
     return settings.resolve(config, options.task, options.name, options.random, changes=changes)
 
 
+def which(options: argparse.Namespace) -> tuple[str, str, str, int]:
+    """(run set, task, attention, seed) to score, whatever the configuration is now. Raises ConfigError."""
+    if options.settings is not None:
+        resolved = resolve(options)
+        return tuple(resolved[key] for key in ("run", "task", "attention", "seed"))
+    task = settings.canonical_task(options.task)
+    if not Path("results", options.run, "runs", task, options.name).is_dir():
+        settings.load(options.run)
+        settings.canonical_attention(options.name)
+    return options.run, task, options.name, options.random
+
+
+def take_devices(options: argparse.Namespace, arguments: list[str]) -> None:
+    """Lock a free GPU a process; where several processes are wanted, become their launcher. Raises ConfigError."""
+    started_by_launcher = "LOCAL_RANK" in os.environ
+    gpus = (
+        []
+        if options.device == "cpu" or os.environ.get("SAT_GPUS_TAKEN")
+        else gpu_lock.visible_gpus(gpu_lock.listed_gpus())
+    )
+    if started_by_launcher:
+        # Process i of `accelerate launch` computes on visible device i; the first one locks for all.
+        count = int(os.environ["LOCAL_WORLD_SIZE"])
+        if gpus and os.environ["LOCAL_RANK"] == "0":
+            gpu_lock.take(gpus[:count], count)
+        return
+    processes = max(1, options.processes)
+    if gpus:
+        taken = gpu_lock.take(gpus, processes)
+        os.environ |= {"CUDA_VISIBLE_DEVICES": ",".join(taken), "SAT_GPUS_TAKEN": "1"}
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        program = [str(processes), "-m", "sat", *arguments]
+        os.execv(sys.executable, [sys.executable, *launcher, *program])
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     logging.basicConfig(
-        level=logging.INFO, format="%(message)s"
+        level=logging.INFO if is_main() else logging.ERROR, format="%(message)s"
     )  # the backend that attention takes
     try:
-        resolved = resolve(options)
+        if options.mode == "train":
+            resolved = resolve(options)
+            run, task, attention, seed = (
+                resolved[key] for key in ("run", "task", "attention", "seed")
+            )
+        else:
+            run, task, attention, seed = which(options)
     except settings.ConfigError as error:
         return _fail(error)
-    run, task = resolved["run"], resolved["task"]
-    folder = Path("results", run, "runs", task, resolved["attention"], f"seed{resolved['seed']}")
+    folder = Path("results", run, "runs", task, attention, f"seed{seed}")
     output_dir, data_dir = options.output_dir or folder, options.data_dir or Path("data", run, task)
     kernels = options.kernels or Path("results", run, "kernels")
     if options.kernels is not None and not kernels.is_dir():
@@ -99,33 +152,51 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["SAT_KERNELS"] = str(kernels)
 
     # torch is imported late: a wrong task name is answered at once.
-    from sat.data import DataError
-    from sat.evaluation import evaluate_run
+    import torch.distributed
+
+    from sat import data
+    from sat.evaluation import check_finished, evaluate_run, readable
     from sat.interruption import Interrupted
     from sat.memory import OutOfMemory
     from sat.training import TrainingFailed, train
 
+    threads = options.threads
+    if threads is not None:
+        threads = max(1, threads // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     try:
-        if options.mode == "train":
-            train(resolved, data_dir, output_dir, device=options.device, threads=options.threads)
-        else:
-            print(
-                json.dumps(
-                    evaluate_run(output_dir, data_dir, options.device, options.threads), indent=2
-                )
+        if options.mode == "eval":
+            other = "" if run == "lra" else f" --run {run}"
+            check_finished(
+                output_dir,
+                f"python -m sat --mode train --task {task} --random {seed} --name {attention}{other}",
             )
-    except (settings.ConfigError, DataError, OutOfMemory, TrainingFailed) as error:
+        if not (data_dir / "manifest.json").is_file():
+            data.load(data_dir)  # its error now, not after a wait for a GPU
+        take_devices(options, sys.argv[1:] if arguments is None else arguments)
+        if options.mode == "train":
+            train(resolved, data_dir, output_dir, device=options.device, threads=threads)
+        else:
+            result = evaluate_run(output_dir, data_dir, options.device, threads)
+            if is_main():
+                print(json.dumps(result, indent=2), flush=True)
+                print(f"{readable(result)}\nalso in {output_dir}/eval.json", file=sys.stderr)
+    except (settings.ConfigError, data.DataError, OutOfMemory, TrainingFailed) as error:
         return _fail(error)
     except Interrupted as interruption:
-        print(
-            f"{interruption}; the state is saved: the same command goes on from it", file=sys.stderr
-        )
+        if is_main():
+            print(
+                f"{interruption}; the state is saved: the same command goes on from it",
+                file=sys.stderr,
+            )
         return 128 + interruption.number
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return 0
 
 
 def _fail(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    if is_main():
+        print(f"error: {error}", file=sys.stderr)
     return 1
 
 

@@ -242,10 +242,7 @@ def resolve(
             raise ConfigError(
                 f"task {task} has no option 'dataset.{key}'; it has: {', '.join(task_options)}"
             )
-    definitions = schema(root)["$defs"]
-    settings = with_defaults(
-        {block: {} for block in BLOCKS} | settings, definitions["task"], definitions
-    )
+    settings = filled_in({block: {} for block in BLOCKS} | settings, root)
     settings["dataset"] = with_caps(settings["dataset"], config.get("caps", {}))
     resolved = {
         "run": config["run"],
@@ -272,6 +269,13 @@ def checked_run(settings: Any, root: Path = ROOT) -> dict:
     check(blocks, "task", "--settings", root)
     RunConfig.from_dict({block: {} for block in BLOCKS} | settings)
     return settings
+
+
+def filled_in(settings: Mapping, root: Path = ROOT) -> dict:
+    """The settings of a training with the defaults of the keys that it does not have."""
+    definitions = schema(root)["$defs"]
+    blocks = {key: value for key, value in settings.items() if key in BLOCKS}
+    return {**settings, **with_defaults(blocks, definitions["task"], definitions)}
 
 
 def with_caps(dataset: Mapping, caps: Mapping) -> dict:
@@ -354,6 +358,8 @@ class Training:
     skewness: float
     distance: float
     patience: int | None
+    precision: str
+    compile: bool
     checkpoint_seconds: float
 
 

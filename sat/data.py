@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from sat.config import ConfigError, RunConfig
+
 SPLITS = ("train", "dev", "test")
 
 
@@ -138,10 +140,15 @@ class Split:
             lengths.append(None if full else torch.from_numpy(column_lengths))
         return Batch(ids, lengths, torch.from_numpy(self.labels[rows]))
 
-    def batches(self, size: int, length: int, limit: int | None = None) -> Iterator[Batch]:
-        """Every row once, in order, the last batch as small as it comes; at most `limit` rows."""
+    def batches(
+        self, size: int, length: int, limit: int | None = None, first: int = 0, stride: int = 1
+    ) -> Iterator[Batch]:
+        """Every row once, in order, the last batch as small as it comes; at most `limit` rows.
+
+        first, stride: of these batches only number first, first + stride, ...
+        """
         stop = len(self) if limit is None else min(limit, len(self))
-        for start in range(0, stop, size):
+        for start in range(first * size, stop, stride * size):
             yield self.batch(np.arange(start, min(start + size, stop)), length)
 
 
@@ -217,6 +224,27 @@ def load(folder: Path) -> tuple[dict, dict[str, Split]]:
             f"{folder}/manifest.json is no manifest ({error!r}); delete {folder} and preprocess again"
         ) from None
     return manifest, splits
+
+
+def check_fits(config: RunConfig, manifest: dict) -> None:
+    """Raises ConfigError when the model cannot take the data."""
+    model = config.model
+    if manifest["task"] != config.task:
+        raise ConfigError(
+            f"the data are those of task {manifest['task']}, the settings those of {config.task}"
+        )
+    if manifest["vocab_size"] > model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {model.vocab_size}, the data need {manifest['vocab_size']}"
+        )
+    if manifest["num_classes"] != model.num_classes:
+        raise ConfigError(
+            f"model.num_classes is {model.num_classes}, the data have {manifest['num_classes']}"
+        )
+    if manifest["max_length"] > model.max_seq_len:
+        raise ConfigError(
+            f"model.max_seq_len is {model.max_seq_len}, the data need {manifest['max_length']}"
+        )
 
 
 def _identity(path: Path) -> dict[str, int | str]:

@@ -6,9 +6,10 @@ for one's own, with `model` the sat.config.Model, and called with
 
     q, k, v [B, H, S, d] float32, lengths [B] int64 (None: all S are real)  ->  [B, H, S, d]
 
-What it returns for padded queries is not used. Whatever is random is drawn when the class is made: then neither the
-size of a micro-batch, nor an evaluation in between, nor a pause of the run changes a result. For the same reason
-nothing here may depend on the other sequences of the batch.
+S is always model.sequence_length, for segments, projections and buckets are cut from it: a batch that is trimmed to
+its longest sequence would be another function. What is returned for padded queries is not used. Whatever is random is
+drawn when the class is made: then neither the size of a micro-batch, nor an evaluation in between, nor a pause of the
+run changes a result. For the same reason nothing here may depend on the other sequences of the batch.
 
 Shape suffixes: B batch, H heads, S padded length, d head width, m landmarks or features.
 """

@@ -1,22 +1,27 @@
 """Scoring: every example once, the last, smaller batch included.
 
 `evaluate` is used on dev while training; `evaluate_run` scores a finished run on test, as
-`python -m sat --mode eval` does.
+`python -m sat --mode eval` does. Several processes score a batch each in turn.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
+from accelerate import Accelerator
 
-from sat import data, memory, runtime
-from sat.config import RunConfig
+from sat import data, devices, memory, runtime
+from sat.config import RunConfig, filled_in
+from sat.launch import is_main
 from sat.model import Classifier, loss_and_hits
+
+logger = logging.getLogger(__name__)
 
 
 def batch_size(config: RunConfig) -> int:
@@ -29,7 +34,7 @@ def evaluate(
     model: Classifier,
     split: data.Split,
     config: RunConfig,
-    device: torch.device,
+    accelerator: Accelerator,
     masks: list[torch.Tensor] | None,
     limit: int | None = None,
     confusion: torch.Tensor | None = None,
@@ -43,24 +48,34 @@ def evaluate(
     """
     model.eval()
     size = micro_batch or batch_size(config)
-    loss = hits = examples = 0
-    for batch in split.batches(batch_size(config), config.model.sequence_length, limit):
-        batch = batch.to(device)
-        size, logits = memory.halving(
-            size,
-            lambda size, batch=batch: torch.cat(
-                [model(part, masks)[0] for part in batch.parts(size)]
-            ),
-            "an evaluation",
-        )
-        batch_loss, batch_hits = loss_and_hits(logits, batch.labels)
-        loss, hits, examples = loss + batch_loss.double(), hits + batch_hits, examples + len(batch)
-        if confusion is not None:
-            pairs = batch.labels * confusion.shape[1] + logits.argmax(1)
-            confusion += (
-                torch.bincount(pairs, minlength=confusion.numel()).view_as(confusion).to(confusion)
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # loss, hits, examples
+    pairs = torch.zeros(config.model.num_classes**2, dtype=torch.int64, device=accelerator.device)
+    for batch in split.batches(
+        batch_size(config),
+        config.model.sequence_length,
+        limit,
+        accelerator.process_index,
+        accelerator.num_processes,
+    ):
+        batch = batch.to(accelerator.device)
+        with accelerator.autocast():
+            size, logits = memory.halving(
+                size,
+                lambda size, batch=batch: torch.cat(
+                    [model(part, masks)[0] for part in batch.parts(size)]
+                ),
+                "an evaluation",
             )
-    return {"accuracy": int(hits) / examples, "loss": float(loss) / examples, "examples": examples}
+        batch_loss, batch_hits = loss_and_hits(logits, batch.labels)
+        sums += torch.stack([batch_loss, batch_hits, torch.full_like(batch_loss, len(batch))])
+        if confusion is not None:
+            pair = batch.labels * config.model.num_classes + logits.argmax(1)
+            pairs += torch.bincount(pair, minlength=len(pairs))
+    devices.sum_in_place(accelerator, [sums, pairs])
+    if confusion is not None:
+        confusion += pairs.view_as(confusion)
+    loss, hits, examples = sums.tolist()
+    return {"accuracy": hits / examples, "loss": loss / examples, "examples": int(examples)}
 
 
 def chance(manifest: dict) -> float:
@@ -84,24 +99,21 @@ def baseline(task: str, splits: dict[str, data.Split]) -> float | None:
     return float((answers == test.labels).mean())
 
 
+def settings_of(folder: Path) -> RunConfig:
+    """The settings that a run was trained with; keys that came later have their defaults."""
+    return RunConfig.from_dict(filled_in(json.loads((folder / "config.json").read_text())))
+
+
 def load_run(
     folder: Path, device: torch.device
 ) -> tuple[RunConfig, Classifier, list[torch.Tensor] | None]:
     """(settings, model, block masks or None when the run ended dense) of a finished run.
 
-    Raises data.DataError when the run is not finished.
+    The settings are those that the run was trained with. Raises data.DataError when the run is not finished.
     """
     folder = Path(folder)
-    missing = [
-        n
-        for n in ("metrics.json", "config.json", "model.safetensors", "pattern.safetensors")
-        if not (folder / n).is_file()
-    ]
-    if missing:
-        raise data.DataError(
-            f"no finished run in {folder}: {missing[0]} is not there; train it first"
-        )
-    config = RunConfig.from_dict(json.loads((folder / "config.json").read_text()))
+    check_finished(folder)
+    config = settings_of(folder)
     num_inputs = json.loads((folder / "metrics.json").read_text())["num_inputs"]
     model = Classifier(
         config.model,
@@ -115,31 +127,102 @@ def load_run(
     return config, model.to(device), masks
 
 
+RUN_FILES = ("metrics.json", "config.json", "model.safetensors", "pattern.safetensors")
+
+
+def check_finished(folder: Path, command: str | None = None) -> None:
+    """Raises data.DataError with `command`, which trains the run, when it is not there or not finished."""
+    missing = [name for name in RUN_FILES if not (folder / name).is_file()]
+    if not missing:
+        return
+    what = f"{missing[0]} is not there"
+    state = f"no finished run in {folder}: {what}"
+    if any(folder.glob("history.jsonl.*")):
+        state = f"the run in {folder} is unfinished: {what} yet"
+    raise data.DataError(f"{state}; train it with: {command}" if command else state)
+
+
+def precision_here(config: RunConfig, device: str | None) -> str:
+    """training.precision of the run, or fp32 where it needs a GPU and there is none."""
+    if config.training.precision == "fp16" and runtime.device_type(device) != "cuda":
+        logger.info("trained with fp16, which needs a GPU: scored in float32")
+        return "fp32"
+    return config.training.precision
+
+
 def evaluate_run(
     folder: Path, data_dir: Path, device: str | None = None, threads: int | None = None
 ) -> dict:
-    """Score a finished run on test with the phase it ended in; the result is also written to <folder>/eval.json."""
-    accelerator = runtime.make_accelerator(device, threads)
-    config, model, masks = load_run(folder, accelerator.device)
+    """Score a finished run on test with the phase it ended in; the result is also written to <folder>/eval.json.
+
+    Raises data.DataError without a finished run or without data, ConfigError when the data are not those of the model.
+    """
+    folder = Path(folder)
+    check_finished(folder)
     manifest, splits = data.load(data_dir)
+    trained_on = json.loads((folder / "metrics.json").read_text())["data_sha256"]
+    if data.data_digest(manifest) != trained_on:
+        logger.warning("the data in %s are not those that the run was trained on", data_dir)
+    config = settings_of(folder)
+    data.check_fits(config, manifest)
+    accelerator = runtime.make_accelerator(device, threads, precision_here(config, device))
+    config, model, masks = load_run(folder, accelerator.device)
     confusion = torch.zeros(config.model.num_classes, config.model.num_classes, dtype=torch.int64)
     confusion = confusion.to(accelerator.device)
     runtime.reset_peak_memory(accelerator.device)
     started = time.perf_counter()
-    result = evaluate(model, splits["test"], config, accelerator.device, masks, confusion=confusion)
+    result = evaluate(model, splits["test"], config, accelerator, masks, confusion=confusion)
     seconds = time.perf_counter() - started
+    batches = -(-len(splits["test"]) // batch_size(config))
     result |= {
+        "run": config.run,
         "task": config.task,
         "attention": config.attention,
         "seed": config.seed,
         "data": manifest["data"],
         "phase": "dense" if masks is None else "sparse",
         "chance": chance(manifest),
+        "baseline": baseline(config.task, splits),
         "confusion": confusion.tolist(),
-        "ms_per_batch": 1000 * seconds / -(-len(splits["test"]) // batch_size(config)),
-        "peak_memory_bytes": runtime.peak_memory(accelerator.device),
+        "batch_size": batch_size(config),
+        "ms_per_batch": 1000 * seconds / -(-batches // accelerator.num_processes),
+        "peak_memory_bytes": int(
+            devices.largest(accelerator, runtime.peak_memory(accelerator.device))
+        ),
+        "device": runtime.describe_device(accelerator.device) | devices.describe(accelerator),
     }
-    partial = Path(folder) / "eval.json.partial"
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    partial.replace(Path(folder) / "eval.json")
+    if is_main():
+        partial = folder / "eval.json.partial"
+        partial.write_text(json.dumps(result, indent=2) + "\n")
+        partial.replace(folder / "eval.json")
     return result
+
+
+def readable(result: dict) -> str:
+    """What `evaluate_run` found, as a table for a person: rows of the matrix are true classes, columns answers."""
+    per_second = 1000 * result["batch_size"] / result["ms_per_batch"]
+    rows = [
+        ("test accuracy", f"{100 * result['accuracy']:.2f} %"),
+        ("always the most frequent class", f"{100 * result['chance']:.2f} %"),
+        ("test loss", f"{result['loss']:.4f} nats"),
+        ("examples", f"{result['examples']} ({result['data']} data)"),
+        ("time of a batch", f"{result['ms_per_batch']:.1f} ms ({result['batch_size']} sequences)"),
+        ("peak memory", f"{result['peak_memory_bytes'] / 2**20:.0f} MiB"),
+        ("device", result["device"]["name"]),
+    ]
+    if result["baseline"] is not None:
+        rows.insert(2, ("by the root operator alone", f"{100 * result['baseline']:.2f} %"))
+    if result["device"]["processes"] == 1:
+        rows.insert(-2, ("throughput", f"{per_second:.0f} sequences a second"))
+    counts = result["confusion"]
+    width = max(len(str(n)) for row in counts for n in row) + 2
+    matrix = [
+        f"{'true / answer':>16}" + "".join(f"{c:>{width}}" for c in range(len(counts))),
+        *(f"{c:>16}" + "".join(f"{n:>{width}}" for n in row) for c, row in enumerate(counts)),
+    ]
+    title = (
+        f"{result['task']}, {result['attention']}, seed {result['seed']}, run {result['run']}: "
+        f"{result['phase']} attention"
+    )
+    left = max(len(name) for name, _ in rows)
+    return "\n".join([title, *(f"  {name:<{left}}  {value}" for name, value in rows), *matrix])

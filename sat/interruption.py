@@ -10,6 +10,7 @@ with watching() as stop:
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 
@@ -32,7 +33,8 @@ class Stop:
         self._at_once = False
 
     def _handle(self, number, frame) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        if "LOCAL_RANK" not in os.environ:  # a launcher passes on a signal that came to all already
+            signal.signal(number, signal.SIG_DFL)
         self.requested = number
         if self._at_once:
             self._at_once = False

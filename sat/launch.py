@@ -28,3 +28,8 @@ def with_allocator_settings() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": settings})
+
+
+def is_main() -> bool:
+    """Whether this process speaks and writes for all processes of a training."""
+    return os.environ.get("RANK", "0") == "0"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import datetime
 import gc
 import importlib.metadata
+import os
 import platform
 import resource
 import subprocess
@@ -13,15 +15,37 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
+from sat import devices
 from sat.config import ROOT
 
 
-def make_accelerator(device: str | None, threads: int | None) -> Accelerator:
-    """Accelerate's device handling; `device` cpu keeps off a GPU, threads: CPU threads of torch and the kernels."""
+def device_type(device: str | None) -> str:
+    """cuda or cpu: what a training takes when its --device is `device`."""
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def make_accelerator(
+    device: str | None, threads: int | None, precision: str = "fp32"
+) -> Accelerator:
+    """Accelerate's device handling; `device` cpu keeps off a GPU, threads: CPU threads of torch and the kernels.
+
+    precision: as training.precision. Raises ConfigError when the device does not have it.
+    """
+    kind = device_type(device)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads or torch.get_num_threads()))
+    # Another process may take its time: it waits for a GPU, or checks the kernels.
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))
+    accelerator = Accelerator(
+        # cpu: without it, accelerate starts no process group where there is no GPU
+        cpu=kind == "cpu",
+        mixed_precision=devices.mixed_precision(precision, kind),
+        kwargs_handlers=[patience],
+    )
     if threads:
         torch.set_num_threads(threads)
-    return Accelerator(cpu=device == "cpu", mixed_precision="no")
+    return accelerator
 
 
 def describe_device(device: torch.device) -> dict:

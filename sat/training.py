@@ -21,52 +21,31 @@ import json
 import math
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from sat import attention, checkpoint, data, interruption, memory, runtime
+from sat import checkpoint, data, devices, interruption, memory, runtime
+from sat.attention import selection
 from sat.attention.dropout import sequences_from
-from sat.config import ConfigError, RunConfig, digest
-from sat.evaluation import baseline, batch_size, chance, evaluate
+from sat.config import RunConfig, digest
+from sat.evaluation import RUN_FILES, baseline, batch_size, chance, evaluate
 from sat.interruption import Interrupted, Stop
+from sat.launch import is_main
 from sat.model import Classifier, loss_and_hits, num_parameters
 from sat.optimiser import make_optimiser, set_schedule
 from sat.pattern import describe, floodfill_score, pool, select_blocks, static_score
 from sat.transition import MapStatistics, pattern_loss, transition_reason
+from sat.watching import Curves, Progress, say, without_nan
 
 GRADIENT_LIMIT = 1.0
 
 
 class TrainingFailed(RuntimeError):
     """The training cannot go on; the message says in which step and why."""
-
-
-def check_data(config: RunConfig, manifest: dict) -> None:
-    """Raises ConfigError when the model cannot take the data."""
-    model = config.model
-    if manifest["task"] != config.task:
-        raise ConfigError(
-            f"the data are those of task {manifest['task']}, the settings those of {config.task}"
-        )
-    if manifest["vocab_size"] > model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size is {model.vocab_size}, the data need {manifest['vocab_size']}"
-        )
-    if manifest["num_classes"] != model.num_classes:
-        raise ConfigError(
-            f"model.num_classes is {model.num_classes}, the data have {manifest['num_classes']}"
-        )
-    if manifest["max_length"] > model.max_seq_len:
-        raise ConfigError(
-            f"model.max_seq_len is {model.max_seq_len}, the data need {manifest['max_length']}"
-        )
 
 
 def option_labels(config: RunConfig, manifest: dict) -> list[str]:
@@ -85,20 +64,39 @@ def option_labels(config: RunConfig, manifest: dict) -> list[str]:
     return labels
 
 
+def real_queries(batch: data.Batch, length: int) -> list[torch.Tensor]:
+    """How many sequences of the batch have a real id at each position, [length] an input."""
+    position = torch.arange(length)
+    return [
+        torch.full((length,), len(batch))
+        if lengths is None
+        else (position < lengths[:, None]).sum(dim=0)
+        for lengths in batch.lengths
+    ]
+
+
 def over_real_queries(
-    maps: list[list[torch.Tensor]], batch: data.Batch
-) -> tuple[list[list[torch.Tensor]], int | None]:
-    """Maps whose rows are means over the real queries alone, and the longest length of the first input."""
-    mended = []
-    for tower, lengths in zip(maps, batch.lengths, strict=True):
-        if lengths is not None:
-            position = torch.arange(len(tower[0]))
-            real = (position < lengths[:, None]).sum(dim=0).clamp(min=1)
-            scale = (len(batch) / real).to(tower[0])[:, None]
-            tower = [a * scale for a in tower]
-        mended.append(tower)
-    first = batch.lengths[0]
-    return mended, None if first is None else int(first.max())
+    maps: list[list[torch.Tensor]], real: list[torch.Tensor], batch_size: int
+) -> tuple[list[list[torch.Tensor]], int]:
+    """Maps whose rows are means over the real queries alone, and the longest length of the first input.
+
+    real: of the whole batch of `batch_size` sequences, as `real_queries` counts.
+    """
+    scales = [(batch_size / counts.clamp(min=1)).to(maps[0][0])[:, None] for counts in real]
+    mended = [[a * scale for a in tower] for tower, scale in zip(maps, scales, strict=True)]
+    return mended, int((real[0] > 0).sum())
+
+
+def backends_of(config: RunConfig, device: torch.device) -> dict[str, str]:
+    """What computes attention in a phase: a backend of sat.attention for these shapes, or an efficient attention."""
+    model = config.model
+    if model.attention != "softmax":
+        return {"dense": model.attention, "sparse": model.attention}
+    q = torch.empty(1, model.num_head, 0, model.head_dim, device=device)
+    return {
+        "dense": selection.resolve("auto", q, None, model.attention_dropout),
+        "sparse": selection.resolve("auto", q, model.block_size, model.attention_dropout),
+    }
 
 
 class Training:
@@ -111,6 +109,9 @@ class Training:
         learned = config.pattern.source == "parameter"
         self.model = Classifier(config.model, num_inputs, config.transition.padded_queries, learned)
         self.model.to(accelerator.device)
+        self.forward = self.model
+        if config.training.compile:
+            self.forward = devices.compiled(self.model, accelerator.device.type)
         self.phase = "dense"
         self.masks: list[torch.Tensor] | None = None
         self.pattern_report: dict | None = None  # what metrics.json says of the masks
@@ -130,7 +131,10 @@ class Training:
         self.evaluations_since_best = 0
 
     def step(self, index: int, batch: data.Batch) -> dict:
-        """One optimiser step on the whole batch, in parts that the device can take; -> the line of the history."""
+        """One optimiser step, in parts that the device can take; -> the line of the history.
+
+        batch: this process's share of the training.batch_size sequences of the step.
+        """
         config = self.config
         rate = set_schedule(self.optimiser, config, self.phase, index)
         self.model.train()
@@ -141,16 +145,21 @@ class Training:
             lambda size: self._accumulate(batch, size, want_maps, before),
             f"step {index + 1}",
         )
+        real = []
+        if want_maps and config.transition.padded_queries == "ignored":
+            real = real_queries(batch, len(maps[0][0]))
+            real = [counts.to(self.accelerator.device) for counts in real]
+        self._sum_over_processes([loss, hits, *real, *(a for tower in maps for a in tower)])
         step_statistics = None
         if want_maps:
             size = None
-            if config.transition.padded_queries == "ignored":
-                maps, size = over_real_queries(maps, batch)
+            if real:
+                maps, size = over_real_queries(maps, real, config.training.batch_size)
             self._pattern_step(maps)
             step_statistics = self.map_statistics.update(maps[0], size)
         self._check_finite(index, float(loss), batch, before)
-        self.accelerator.clip_grad_value_(self.model.parameters(), GRADIENT_LIMIT)
-        self.optimiser.step()
+        parameters = list(self.model.parameters())
+        devices.take_step(self.optimiser, parameters, GRADIENT_LIMIT, self.accelerator.scaler)
         line = {
             "event": "train",
             "step": index + 1,
@@ -170,6 +179,11 @@ class Training:
                 self.transition = {"step": index + 1, "reason": reason}
         return line
 
+    def _sum_over_processes(self, tensors: list[torch.Tensor]) -> None:
+        """Sum `tensors` and the gradients so far in place; the pattern's comes later, from the summed maps."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        devices.sum_in_place(self.accelerator, [*gradients, *tensors])
+
     def _accumulate(
         self, batch: data.Batch, size: int, want_maps: bool, random_state: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, list[list[torch.Tensor]]]:
@@ -185,8 +199,8 @@ class Training:
         for part in batch.parts(size):
             runtime.set_random_state(random_state, device)
             part = part.to(device)
-            with sequences_from(part.first):
-                logits, part_maps = self.model(part, self.masks, want_maps)
+            with sequences_from(part.first), self.accelerator.autocast():
+                logits, part_maps = self.forward(part, self.masks, want_maps)
             part_loss, part_hits = loss_and_hits(logits, part.labels)
             self.accelerator.backward(part_loss / total)
             loss, hits = loss + part_loss.detach(), hits + part_hits
@@ -296,7 +310,7 @@ class Training:
             with torch.no_grad():
                 for part in batch.parts(self.micro_batch):
                     runtime.set_random_state(random_state, device)
-                    with sequences_from(part.first):
+                    with sequences_from(part.first), self.accelerator.autocast():
                         self.model(part.to(device), self.masks)
                     if found:
                         return f"those that {found[0]} gives"
@@ -350,7 +364,7 @@ class Training:
             self.model,
             split,
             config,
-            self.accelerator.device,
+            self.accelerator,
             masks,
             limit,
             micro_batch=self.micro_batch,
@@ -374,6 +388,7 @@ class Training:
             "optimiser": self.optimiser.state_dict(),
             "map_statistics": vars(self.map_statistics),
             "random": runtime.random_state(self.accelerator.device),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             **{name: getattr(self, name) for name in self._PLAIN_STATE},
         }
 
@@ -400,6 +415,8 @@ class Training:
         vars(self.map_statistics).update(_moved(state["map_statistics"], device))
         for name in self._PLAIN_STATE:
             setattr(self, name, _moved(state[name], device))
+        if state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         runtime.set_random_state(state["random"], device)
 
     @property
@@ -429,20 +446,14 @@ def train(
     """
     config = RunConfig.from_dict(settings)
     manifest, splits = data.load(data_dir)
-    check_data(config, manifest)
+    data.check_fits(config, manifest)
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    for name in (
-        "metrics.json",
-        "config.json",
-        "history.jsonl",
-        "model.safetensors",
-        "pattern.safetensors",
-        "eval.json",
-    ):
+    for name in (*RUN_FILES, "history.jsonl", "eval.json") if is_main() else ():
         (output_dir / name).unlink(missing_ok=True)
 
-    accelerator = runtime.make_accelerator(device, threads)
+    accelerator = runtime.make_accelerator(device, threads, config.training.precision)
+    devices.check_batch(config.training.batch_size, accelerator)
     training = Training(config, manifest["num_inputs"], accelerator)
     identity = checkpoint.identity(settings, data.data_digest(manifest))
     unfinished = _Unfinished(training, output_dir, identity)
@@ -457,10 +468,11 @@ def train(
                 training.model,
                 splits["test"],
                 config,
-                accelerator.device,
+                accelerator,
                 training.masks,
                 micro_batch=training.micro_batch,
             )
+    backends = backends_of(config, accelerator.device)
     metrics = {
         "schema_version": 1,
         "run": config.run,
@@ -479,21 +491,24 @@ def train(
         "num_steps": unfinished.step,
         "micro_batch": training.micro_batch,
         "phases": {
-            name: unfinished.phases[name].summary() if name in unfinished.phases else None
+            name: unfinished.phases[name].summary(accelerator) | {"backend": backends[name]}
+            if name in unfinished.phases
+            else None
             for name in ("dense", "sparse")
         },
         "training_seconds": sum(phase.seconds for phase in unfinished.phases.values()),
-        "device": runtime.describe_device(accelerator.device),
-        "backend": attention.selected_backend(accelerator.device.type)
-        if config.model.attention == "softmax"
-        else config.model.attention,
+        "device": runtime.describe_device(accelerator.device) | devices.describe(accelerator),
+        "backend": backends[training.phase],
         "versions": runtime.versions(),
         "git_commit": runtime.git_commit(),
+        "config": settings,
         "config_sha256": digest(settings),
         "data_sha256": data.data_digest(manifest),
         "sources": manifest["sources"],
         "options": option_labels(config, manifest),
     }
+    if not is_main():
+        return metrics
     patterns = {
         f"layer_{i}": mask.to(torch.uint8).cpu().contiguous()
         for i, mask in enumerate(training.masks or [])
@@ -510,7 +525,7 @@ def train(
     os.replace(unfinished.history_path, output_dir / "history.jsonl")
     _write(output_dir / "metrics.json", lambda path: path.write_text(_json(metrics)))
     checkpoint.remove(output_dir)
-    _say(
+    say(
         f"test accuracy {100 * test['accuracy']:.2f} % (chance {100 * chance(manifest):.2f} %), {output_dir}"
     )
     return metrics
@@ -522,9 +537,8 @@ def _run_steps(
     """The steps that are left, with their evaluations, the switch and the checkpoints."""
     config = training.config
     num_steps = config.training.num_train_steps
-    progress = tqdm(
-        total=num_steps, initial=unfinished.step, disable=not sys.stderr.isatty(), unit="step"
-    )
+    accelerator = training.accelerator
+    progress = Progress(num_steps, unfinished.step)
     # A checkpoint stands between a step and its evaluation when a signal came in either.
     while not unfinished.evaluated or (
         unfinished.step < num_steps and not training.out_of_patience
@@ -535,15 +549,18 @@ def _run_steps(
             rows = data.training_rows(
                 len(splits["train"]), config.training.batch_size, index, config.seed
             )
-            batch = splits["train"].batch(rows, config.model.sequence_length)
+            mine = devices.share(len(rows), accelerator)
+            batch = splits["train"].batch(rows[mine], config.model.sequence_length)
+            batch.first = mine.start
             line = training.step(index, batch)
             line["ms"] = 1000 * (time.perf_counter() - before)
             unfinished.finish_step(line)
-            progress.update()
-            progress.set_postfix(loss=f"{line['loss']:.3f}", phase=training.phase, refresh=False)
-            unfinished.save_if(stop.requested is not None)
-            if stop.requested is not None:
-                raise Interrupted(stop.requested)
+            progress.update(line)
+            # All processes stop after the same step, though the signal reaches each at its own time.
+            requested = int(devices.largest(accelerator, stop.requested or 0))
+            unfinished.save_if(requested != 0)
+            if requested:
+                raise Interrupted(requested)
         step = unfinished.step
         switching = training.transition["step"] == step and training.phase == "dense"
         due = step % config.training.eval_frequency == 0 or step == num_steps
@@ -557,11 +574,14 @@ def _run_steps(
         if due:
             placed = training.keep_best(scored, step)
             unfinished.record({"event": "eval", "split": "dev", **placed})
-            _say(
+            progress.say(
                 f"step {step}/{num_steps} {training.phase}: train loss {unfinished.line['loss']:.4f}, dev loss "
                 f"{scored['loss']:.4f}, dev accuracy {100 * scored['accuracy']:.2f} %, {unfinished.line['ms']:.0f} ms"
             )
+        if training.map_statistics.maps is not None and (due or switching):
+            unfinished.curves.add_maps(training.map_statistics.maps, step)
         if switching:
+            unfinished.curves.add_pattern(training.masks, step)
             unfinished.end_phase()
             training.go_sparse()
             # The same weights through both attentions: the jump is part of the method, so it is shown.
@@ -570,7 +590,7 @@ def _run_steps(
             unfinished.record(
                 {"event": "transition", **training.transition, "dev": training.switch}
             )
-            _say(
+            progress.say(
                 f"step {step}: sparse from here on (by {training.transition['reason']}); dev accuracy of the same "
                 f"weights {100 * scored['accuracy']:.2f} % dense, {100 * after_switch['accuracy']:.2f} % sparse"
             )
@@ -579,7 +599,7 @@ def _run_steps(
             switching or unfinished.seconds_since_save >= config.training.checkpoint_seconds
         )
     if training.out_of_patience:
-        _say(
+        say(
             f"step {unfinished.step}: no better dev accuracy in {config.training.patience} evaluations; stopping"
         )
     unfinished.save_if(True)
@@ -601,15 +621,15 @@ class _Unfinished:
         self.saved_at = time.monotonic()
 
     def _restore(self) -> None:
-        stored = checkpoint.load(self.folder, self.identity, _say)
+        stored = checkpoint.load(self.folder, self.identity, say)
         written = self.history_path.stat().st_size if self.history_path.is_file() else 0
         if stored is not None and written < stored[1]["history_bytes"]:
-            _say(
-                f"{self.folder}: the checkpoint is not used: {self.history_path.name} is cut short"
-            )
+            say(f"{self.folder}: the checkpoint is not used: {self.history_path.name} is cut short")
             stored = None
+        self.training.accelerator.wait_for_everyone()  # all have read what one now changes
         if stored is None:
-            checkpoint.remove(self.folder)
+            if is_main():
+                checkpoint.remove(self.folder)
             self.begin_phase()
             return
         tensors, record = stored
@@ -619,29 +639,36 @@ class _Unfinished:
         self.phases = {name: Phase(device, **parts) for name, parts in state["phases"].items()}
         self.step, self.evaluated = record["step"], record["evaluated"]
         self.line, self._history_bytes = record["line"], record["history_bytes"]
-        _say(f"going on from step {self.step} ({self.training.phase} phase), {self.folder}")
+        say(f"going on from step {self.step} ({self.training.phase} phase), {self.folder}")
         if record["threads"] != torch.get_num_threads():
-            _say(
+            say(
                 f"with {torch.get_num_threads()} threads where there were {record['threads']}: the last bits may differ"
             )
 
     @contextlib.contextmanager
     def recording(self):
-        """Open history and curves, behind what the checkpoint knows of."""
-        self.history_path.touch()
-        os.truncate(self.history_path, self._history_bytes)
-        board_folder = self.folder / "tensorboard"
-        if self.step == 0:
-            for old in board_folder.glob("events.*"):
+        """Open history and curves, behind what the checkpoint knows of; the main process alone writes them."""
+        history, board_folder = os.devnull, self.folder / "tensorboard"
+        if is_main():
+            history = self.history_path
+            history.touch()
+            os.truncate(history, self._history_bytes)
+            for old in board_folder.glob("events.*") if self.step == 0 else ():
                 old.unlink()
         with (
-            open(self.history_path, "a", encoding="utf-8") as self._history,
-            SummaryWriter(str(board_folder), purge_step=self.step + 1) as self._board,
+            open(history, "a", encoding="utf-8") as self._history,
+            Curves(board_folder, self.step + 1) as self.curves,
         ):
             yield
 
     def record(self, line: dict) -> None:
-        _record(self._history, self._board, line)
+        line = without_nan(line)
+        self._history.write(json.dumps(line) + "\n")
+        if line["event"] == "train":
+            memory = runtime.peak_memory(self.training.accelerator.device) if is_main() else None
+            self.curves.add(line, memory)
+        else:
+            self.curves.add(line)
 
     def finish_step(self, line: dict) -> None:
         self.phases[self.training.phase].milliseconds.append(line["ms"])
@@ -659,7 +686,7 @@ class _Unfinished:
         return time.monotonic() - self.saved_at
 
     def save_if(self, wanted: bool) -> None:
-        if not wanted or self.saved_step == (self.step, self.evaluated):
+        if not (wanted and is_main()) or self.saved_step == (self.step, self.evaluated):
             return
         self._history.flush()
         os.fsync(self._history.fileno())
@@ -726,13 +753,13 @@ class Phase:
             "ended": self.ended,
         }
 
-    def summary(self) -> dict:
-        """Median milliseconds a step; seconds include the evaluations."""
+    def summary(self, accelerator: Accelerator) -> dict:
+        """Median milliseconds a step; seconds include the evaluations; memory is that of the process with most."""
         return {
             "steps": len(self.milliseconds),
             "ms_per_step": statistics.median(self.milliseconds) if self.milliseconds else None,
             "seconds": self.seconds,
-            "peak_memory_bytes": self.peak,
+            "peak_memory_bytes": int(devices.largest(accelerator, self.peak)),
         }
 
 
@@ -745,28 +772,6 @@ def _moved(state, device: torch.device):
     if isinstance(state, list):
         return [_moved(value, device) for value in state]
     return state
-
-
-def _record(history, board: SummaryWriter, line: dict) -> None:
-    for key in ("distance", "change", "skewness"):  # JSON has no NaN
-        if line.get(key) is not None:
-            line[key] = [value if math.isfinite(value) else None for value in line[key]]
-    history.write(json.dumps(line) + "\n")
-    if line["event"] == "transition":
-        return
-    prefix = "train" if line["event"] == "train" else "dev"
-    for key in ("loss", "accuracy", "learning_rate", "ms"):
-        if line.get(key) is not None:
-            board.add_scalar(f"{prefix}/{key}", line[key], line["step"])
-    for key in ("skewness", "distance", "change"):
-        for layer, value in enumerate(line.get(key) or []):
-            if value is None:
-                continue
-            board.add_scalar(f"{key}/layer_{layer}", value, line["step"])
-
-
-def _say(message: str) -> None:
-    tqdm.write(message, file=sys.stderr)
 
 
 def _json(content: dict) -> str:

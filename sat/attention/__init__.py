@@ -77,9 +77,10 @@ def block_sparse_attention(
         )
     lengths = _check_lengths(lengths, q)
     backend = resolve(backend, q, block_size, dropout_p)
-    o, lse = run_block_sparse(
-        backend, q, k, v, block_mask, block_size, lengths, denominator, dropout_p, seed
-    )
+    with torch.autocast(q.device.type, enabled=False):  # in the precision of q
+        o, lse = run_block_sparse(
+            backend, q, k, v, block_mask, block_size, lengths, denominator, dropout_p, seed
+        )
     return (o, lse.detach()) if return_lse else o
 
 
@@ -112,7 +113,10 @@ def dense_attention(
         raise ValueError(f"padded_queries: expected zero or attend, got {padded_queries!r}")
     lengths = _check_lengths(lengths, q)
     backend = resolve(backend, q, None)
-    o, mean_map = run_dense(backend, q, k, v, lengths, padded_queries, return_map, dropout_p, seed)
+    with torch.autocast(q.device.type, enabled=False):  # in the precision of q
+        o, mean_map = run_dense(
+            backend, q, k, v, lengths, padded_queries, return_map, dropout_p, seed
+        )
     return (o, mean_map.detach()) if return_map else o
 
 

@@ -226,7 +226,8 @@ def test_dropout_has_the_same_bits_for_any_number_of_threads(instruction_set):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_a_compiled_layer_gives_the_same_numbers(kernels_dir):
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_compiled_layer_gives_the_same_numbers(kernels_dir, compiler):
     class Layer(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -242,7 +243,7 @@ def test_a_compiled_layer_gives_the_same_numbers(kernels_dir):
     layer, x, lengths = Layer(), torch.randn(2, 64, 16), torch.tensor([64, 50])
     assert attention.selected_backend("cpu") == "cpu"
     results = []
-    for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+    for function in (layer, torch.compile(layer, backend=compiler, fullgraph=True)):
         layer.zero_grad()
         o, mean_map = function(x, lengths)
         o.square().sum().backward()

@@ -31,12 +31,17 @@ def test_quick_benchmark_and_report(kernels_dir, tmp_path):
         pytest.skip("no pandas and matplotlib here for the report")
     script = ROOT / "workflow/scripts/benchmark_report.py"
     folder = tmp_path / "report"
-    command = [sys.executable, script, file, "--output-dir", folder]
+    # Two parts of a benchmark: the second one with another batch.
+    other = tmp_path / "other.json"
+    other.write_text(file.read_text().replace('"batch": 2,', '"batch": 3,'))
+    command = [sys.executable, script, file, other, "--output-dir", folder]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
     names = {"attention.csv", "attention.md", "speedup.svg", "time.svg", "memory.svg"}
     assert {path.name for path in folder.iterdir()} == names
-    assert (folder / "attention.md").read_text().count("\n| 2 | 256 |") == 3
+    text = (folder / "attention.md").read_text()
+    assert text.count("\n| 2 | 256 |") == text.count("\n| 3 | 256 |") == 3
+    assert "mathdefault" not in (folder / "speedup.svg").read_text()  # plain numbers at the axes
 
 
 def test_gather_and_bmm_is_zero_logit_attention():

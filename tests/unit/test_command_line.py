@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from processed import repeated_symbol, write_processed
 
 from sat import __main__ as command_line
 from sat import config
@@ -64,9 +65,104 @@ def test_mistakes_are_answered_in_one_line(tmp_path, arguments, words):
 
 
 def test_eval_of_a_run_that_is_not_there(tmp_path):
-    done = run("--mode", "eval", "--task", "image", cwd=tmp_path)
+    done = run("--mode", "eval", "--task", "lra-image", "--random", "7", cwd=tmp_path)
     assert done.returncode == 1
-    assert "no finished run in results/lra/runs/image/sat/seed1001" in done.stderr
+    assert "no finished run in results/lra/runs/image/sat/seed7" in done.stderr
+    assert "python -m sat --mode train --task image --random 7 --name sat\n" in done.stderr
+
+
+def test_eval_of_an_unfinished_run(tmp_path):
+    folder = tmp_path / "results/demo/runs/image/sat/seed1001"
+    folder.mkdir(parents=True)
+    (folder / "history.jsonl.partial").write_text("")
+    done = run("--mode", "eval", "--task", "image", "--run", "demo", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "seed1001 is unfinished: metrics.json is not there yet" in done.stderr
+    assert "--mode train --task image --random 1001 --name sat --run demo" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--task", "lra-imag"], "did you mean 'image'"),
+        (["--task", "image", "--name", "stat"], "did you mean 'sat'"),
+        (["--task", "image", "--run", "no"], "unknown run set 'no'"),
+    ],
+)
+def test_mistakes_when_scoring(tmp_path, arguments, words):
+    done = run("--mode", "eval", *arguments, cwd=tmp_path)
+    assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_eval_reports_and_leaves_the_run_as_it_was(tmp_path, monkeypatch, capsys, caplog):
+    """Of a run whose attention has no configuration any more, with settings older than some keys."""
+    monkeypatch.chdir(tmp_path)
+
+    def main(*arguments):
+        status = command_line.main([*map(str, arguments), "--device", "cpu", "--threads", "1"])
+        return status, capsys.readouterr()
+
+    whole = config.resolve(
+        config.load("demo"),
+        "listops",
+        "sat",
+        3,
+        changes={
+            "dataset": {"max_length": 64},
+            "model": {"num_layers": 1, "max_seq_len": 64, "block_size": 16, "density": 0.3},
+            "training": {
+                "batch_size": 16,
+                "warmup": 1,
+                "num_train_steps": 4,
+                "num_dense_train_steps": 2,
+                "eval_frequency": 2,
+            },
+        },
+    )
+    sizes = {"train": 32, "dev": 20, "test": 35}
+    data = tmp_path / "data/demo/listops"
+    write_processed(data, "listops", repeated_symbol("listops", sizes, 64))
+    folder = tmp_path / "results/demo/runs/listops/gone/seed3"
+    where = ["--data-dir", data, "--output-dir", folder]
+    status, said = main("--mode", "train", "--settings", json.dumps(whole), *where)
+    assert status == 0, said.err
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["config"] == whole
+    assert metrics["phases"]["sparse"]["backend"] == metrics["backend"]
+
+    stored = json.loads((folder / "config.json").read_text())
+    del stored["training"]["precision"]
+    (folder / "config.json").write_text(json.dumps(stored))
+    before = {path: path.read_bytes() for path in folder.glob("*.*")}
+    command = "--mode eval --task lra-listops --random 3 --name gone --run demo".split()
+    status, said = main(*command)
+    assert status == 0, said.err
+    scored = json.loads(said.out)
+    assert scored["phase"] == "sparse" and scored["examples"] == 35
+    assert scored["loss"] == pytest.approx(metrics["test"]["loss"], rel=1e-5)
+    assert sum(map(sum, scored["confusion"])) == 35
+    assert scored["ms_per_batch"] > 0 and scored["peak_memory_bytes"] > 2**20
+    assert scored == json.loads((folder / "eval.json").read_text())
+    for words in (
+        "listops, sat, seed 3, run demo: sparse attention",
+        f"test accuracy                   {100 * scored['accuracy']:.2f} %",
+        "true / answer",
+    ):
+        assert words in said.err
+    assert {path: path.read_bytes() for path in folder.glob("*.*")} == before | {
+        folder / "eval.json": (folder / "eval.json").read_bytes()
+    }
+
+    changed = repeated_symbol("listops", sizes, 64, seed=1)
+    write_processed(data, "listops", changed)
+    assert main(*command)[0] == 0
+    assert "are not those that the run was trained on" in caplog.text
+    write_processed(data, "text", repeated_symbol("text", sizes, 64))
+    status, said = main(*command)
+    assert status == 1 and "the data are those of task text" in said.err
+    (data / "manifest.json").unlink()
+    status, said = main(*command)
+    assert status == 1 and "snakemake data/demo/listops/manifest.json" in said.err
 
 
 def test_task_is_needed(tmp_path):

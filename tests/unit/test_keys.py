@@ -96,6 +96,11 @@ SHOWN_ELSEWHERE = {
     ("dataset", "image_size"): "test_preprocess.py::test_pathfinder_image_size_must_fit_max_length",
     ("model", "memory_limit_gb"): "test_memory.py::test_a_limit_is_kept_by_smaller_parts",
     ("model", "num_classes"): "test_training.py::test_model_and_data_must_fit",
+    (
+        "training",
+        "precision",
+    ): "test_devices.py::test_bf16_trains_nearly_alike_and_attends_in_float32",
+    ("training", "compile"): "test_devices.py::test_a_compiled_model_has_the_same_losses",
     ("training", "checkpoint_seconds"): "test_checkpoint.py::test_checkpoints_keep_their_distance",
 }
 # (task, attention, changes, words of the error)

@@ -311,7 +311,9 @@ def test_padded_queries_can_be_left_out_of_the_map():
         0.25,
         0.125,
     )  # rows as the kernel gives them: sums over both, halved
-    ((mended,),), size = training.over_real_queries([[zeroed]], batch)
+    real = training.real_queries(batch, 8)
+    assert real[0].tolist() == [2, 2, 1, 1, 0, 0, 0, 0]
+    ((mended,),), size = training.over_real_queries([[zeroed]], real, 2)
     assert size == 4
     assert torch.equal(mended[:4, :4], torch.full((4, 4), 0.25))
     assert float(mended[4:].abs().max()) == 0

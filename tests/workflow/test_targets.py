@@ -145,3 +145,16 @@ def test_lists_and_mappings_on_the_command_line(fresh):
     planned = fresh.planned("table", "--config", "seeds=[1, 2]", "tasks=[listops]", change)
     trainings = {job for job in planned if job.startswith("train ")}
     assert trainings == trainings_of("listops", seeds=[1, 2])
+
+
+@pytest.mark.parametrize(("limit", "processes"), [(4, 2), (1, 1)])
+def test_a_training_shares_its_batches_over_gpus_per_run(fresh, tmp_path, limit, processes):
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\n")
+    driver.chmod(0o755)
+    (fresh.root / "config/shared.yaml").write_text("gpus_per_run: 2\n")
+    target = "results/lra/runs/image/sat/seed1001/metrics.json"
+    options = ["--cores", "1", "--resources", f"gpu={limit}", "--configfile", "config/shared.yaml"]
+    done = fresh.snakemake("-n", "-p", target, *options, path=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert f"--processes {processes} " in done.stdout

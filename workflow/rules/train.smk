@@ -24,7 +24,7 @@ rule train:
     threads: config["threads"]["train"]
     resources:
         mem_mb=8000,
-        gpu=1 if shutil.which("nvidia-smi") else 0,
+        gpu=config["gpus_per_run"] if shutil.which("nvidia-smi") else 0,
     params:
         root=in_root,
         python=in_env("torch"),
@@ -37,4 +37,5 @@ rule train:
     shell:
         "PYTHONPATH={params.root:q}${{PYTHONPATH:+:$PYTHONPATH}} {params.python} -m sat --mode train --settings {params.settings:q} "
         "--data-dir {params.data} --output-dir {params.folder} --kernels {params.kernels} --threads {threads} "
+        "--processes {resources.gpu} "
         "> {log} 2>&1"

@@ -22,6 +22,7 @@ PAGE = "docs/parameters.md"
 COMMAND = "python workflow/scripts/parameters.py"
 UNITS = {
     "1 / step": "1/步",
+    "GPUs": "GPU",
     "batches": "批次",
     "GB": "GB",
     "blocks": "块",

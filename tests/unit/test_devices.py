@@ -1,0 +1,248 @@
+"""Several processes, mixed precision and torch.compile: the same training as one process in float32."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from accelerate.state import AcceleratorState
+from processed import repeated_symbol, write_processed
+
+from sat import config, devices, runtime, training
+from sat.config import ROOT, ConfigError
+
+SIZES = {"train": 256, "dev": 60, "test": 70}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels(kernels_dir):
+    """The compiled kernels, as in a real run."""
+
+
+@pytest.fixture
+def new_accelerator():
+    """Accelerate refuses a second precision in a process; a program has one."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processed") / "listops"
+    write_processed(folder, "listops", repeated_symbol("listops", SIZES, 64))
+    return folder
+
+
+def settings_of(**blocks):
+    changes = {
+        "dataset": {"max_length": 64},
+        "model": {
+            "num_layers": 2,
+            "max_seq_len": 64,
+            "block_size": 16,
+            "density": 0.3,
+            "dropout_prob": 0.0,
+        },
+        "training": {
+            "batch_size": 15,
+            "learning_rate": 3e-3,
+            "warmup": 5,
+            "num_train_steps": 12,
+            "num_dense_train_steps": 6,
+            "eval_frequency": 4,
+            "skewness": 1e9,
+        },
+    }
+    return config.resolve(
+        config.load("demo"), "listops", "sat", 3, changes=config.merge(changes, blocks)
+    )
+
+
+def history(run):
+    return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+
+
+def losses(run):
+    return [line["loss"] for line in history(run) if line["event"] == "train"]
+
+
+def trained(settings, folder, run):
+    training.train(settings, folder, run, device="cpu", threads=1)
+    return losses(run)
+
+
+def sat(*arguments, launcher=("-m", "sat")):
+    done = subprocess.run(
+        [sys.executable, *launcher, *map(str, arguments), "--device", "cpu", "--threads", "2"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_two_processes_train_and_score_as_one(folder, tmp_path):
+    """A batch of 15, in parts of 4: shares of 7 and 8, and each row drops the same.
+
+    Then the run is scored under accelerate's own launcher.
+    """
+    settings = settings_of(
+        model={"batch_size": 4, "dropout_prob": 0.1, "attention_dropout": 0.1},
+        transition={"padded_queries": "ignored"},
+        training={"patience": 9},
+    )
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    trained(settings, folder, alone)
+    where = ["--data-dir", folder, "--output-dir", shared]
+    done = sat(*["--mode", "train", "--settings", json.dumps(settings), *where, "--processes", "2"])
+    assert done.stderr.count("sparse from here on") == 1  # one process speaks
+    assert not list(shared.glob("*.partial")) and not (shared / "checkpoint").exists()
+    assert losses(shared) == pytest.approx(losses(alone), rel=1e-4)
+    one, two = history(alone), history(shared)
+    assert [line["event"] for line in one] == [line["event"] for line in two]
+    for a, b in zip(one, two, strict=True):
+        if a["event"] == "train" and a["phase"] == "dense":
+            assert b["skewness"] == pytest.approx(a["skewness"], rel=1e-3)
+    metrics = {run: json.loads((run / "metrics.json").read_text()) for run in (alone, shared)}
+    assert metrics[alone]["device"]["processes"] == 1
+    assert metrics[shared]["device"]["processes"] == 2
+    assert (
+        metrics[shared]["transition"]
+        == metrics[alone]["transition"]
+        == {
+            "step": 6,
+            "reason": "limit",
+        }
+    )
+    assert metrics[shared]["test"]["examples"] == SIZES["test"]
+    assert metrics[shared]["test"]["loss"] == pytest.approx(
+        metrics[alone]["test"]["loss"], rel=1e-3
+    )
+    masks = [safetensors.torch.load_file(str(run / "pattern.safetensors")) for run in metrics]
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = sat(
+        "--mode",
+        "eval",
+        "--settings",
+        json.dumps(settings),
+        *where,
+        launcher=[*launcher, "--main_process_port", "0", "-m", "sat"],
+    )
+    scored = json.loads((shared / "eval.json").read_text())
+    assert json.loads(done.stdout) == scored
+    assert scored["device"]["processes"] == 2
+    assert scored["accuracy"] == metrics[shared]["test"]["accuracy"]
+    assert sum(map(sum, scored["confusion"])) == SIZES["test"]
+
+
+def test_shares_cover_a_batch_once():
+    for count in (1, 2, 3, 8):
+        parts = [range(11)[devices.share(11, _Process(count, index))] for index in range(count)]
+        assert [i for part in parts for i in part] == list(range(11))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+class _Process:
+    def __init__(self, num_processes, process_index):
+        self.num_processes, self.process_index = num_processes, process_index
+
+
+def test_more_processes_than_sequences_are_refused():
+    with pytest.raises(ConfigError, match="batch_size is 3, which 4 processes cannot share"):
+        devices.check_batch(3, _Process(4, 0))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "bf16", "expected"),
+    [
+        ("auto", "cpu", True, "no"),
+        ("auto", "cuda", True, "bf16"),
+        ("auto", "cuda", False, "fp16"),
+        ("fp32", "cuda", True, "no"),
+        ("bf16", "cpu", False, "bf16"),
+        ("fp16", "cuda", True, "fp16"),
+    ],
+)
+def test_precision_of_a_device(monkeypatch, wanted, device, bf16, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    assert devices.mixed_precision(wanted, device) == expected
+
+
+def test_fp16_on_a_cpu_is_refused():
+    with pytest.raises(ConfigError, match="fp16, which needs a GPU.*auto, fp32 or bf16"):
+        runtime.make_accelerator("cpu", 1, "fp16")
+
+
+def test_bf16_trains_nearly_alike_and_attends_in_float32(
+    folder, tmp_path, new_accelerator, monkeypatch
+):
+    exact = trained(settings_of(), folder, tmp_path / "fp32")
+    AcceleratorState._reset_state(True)
+    seen = set()
+    direct = devices.take_step
+
+    def look(optimiser, parameters, *others):
+        seen.update(p.grad.dtype for p in parameters if p.grad is not None)
+        return direct(optimiser, parameters, *others)
+
+    monkeypatch.setattr(devices, "take_step", look)
+    rough = trained(settings_of(training={"precision": "bf16"}), folder, tmp_path / "bf16")
+    assert rough != exact
+    assert rough == pytest.approx(exact, rel=2e-2)
+    assert seen == {torch.float32}
+    metrics = json.loads((tmp_path / "bf16/metrics.json").read_text())
+    assert metrics["device"]["precision"] == "bf16" and metrics["backend"] == "cpu"
+    model = safetensors.torch.load_file(str(tmp_path / "bf16/model.safetensors"))
+    assert {tensor.dtype for tensor in model.values()} == {torch.float32}
+
+
+def test_gradients_are_clipped_in_their_own_scale():
+    """With the scaler's factor of 1024 in it, a gradient of 0.5 is not above a limit of 1, and one of 3 is."""
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimiser = torch.optim.SGD([weight], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale((weight * torch.tensor([0.5, 3.0])).sum()).backward()
+    assert devices.take_step(optimiser, [weight], 1.0, scaler)
+    assert weight.tolist() == [-0.5, -1.0]
+
+
+def test_a_step_that_overflowed_is_left_out():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimiser = torch.optim.SGD([weight], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale((weight * torch.tensor([1.0, torch.inf])).sum()).backward()
+    assert not devices.take_step(optimiser, [weight], 1.0, scaler)
+    assert weight.tolist() == [0.0, 0.0]
+    assert scaler.get_scale() == 512
+
+
+def test_a_compiled_model_has_the_same_losses(folder, tmp_path, monkeypatch):
+    """Traced and differentiated by torch.compile; aot_eager leaves out inductor, whose code takes minutes here."""
+    monkeypatch.setattr(devices, "COMPILER_BACKEND", "aot_eager")
+    plain = trained(settings_of(), folder, tmp_path / "plain")
+    compiled = trained(settings_of(training={"compile": True}), folder, tmp_path / "compiled")
+    assert compiled == pytest.approx(plain, rel=1e-5)
+
+
+def test_compile_without_a_compiler_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match=r"no C\+\+ compiler \(g\+\+ or clang\+\+\)"):
+        devices.compiled(torch.nn.Linear(2, 2), "cpu")
+
+
+def test_an_unusual_shape_is_recorded_as_plain_pytorch():
+    settings = settings_of()
+    run = config.RunConfig.from_dict(settings)
+    assert training.backends_of(run, torch.device("cpu")) == {"dense": "cpu", "sparse": "cpu"}
+    settings["model"]["head_dim"] = 12  # the kernels take multiples of 8; the schema refuses it too
+    run = config.RunConfig.from_dict(settings)
+    assert training.backends_of(run, torch.device("cpu"))["dense"] == "reference"
