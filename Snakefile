@@ -3,7 +3,8 @@
 #   snakemake --cores 8 --use-conda all                            the whole real run
 #   snakemake all --cores 2 --configfile config/demo.yaml          the offline demo
 #   snakemake --cores 8 --use-conda listops                        one task
-#   snakemake --cores 1 table                                      the results table
+#   snakemake --cores 1 table                                      the results tables
+#   snakemake --cores 1 report                                     tables, figures and sources in one HTML file
 #   snakemake --cores 1 --use-conda benchmark                      time and memory of attention
 #   snakemake --cores 8 llama                                      llama.cpp, built and tried
 #
@@ -64,12 +65,19 @@ localrules:
     all,
     benchmark,
     collect,
+    compare,
     data,
     draw_figures,
+    draw_summary,
+    export_model,
     kernels,
     figures,
     llama,
+    models,
+    report,
     table,
+    table_so_far,
+    write_report,
 
 
 rule all:
@@ -77,6 +85,8 @@ rule all:
     input:
         rules.table.input,
         rules.figures.input,
+        rules.report.input,
+        rules.models.input,
 
 
 rule data:
@@ -120,7 +130,15 @@ onsuccess:
     if any(job.name == "run_llama" for job in workflow.dag.jobs) and _summary.is_file():
         print(f"\n{_summary.read_text()}", file=sys.stderr)
     print(
-        f"Table: {RESULTS}/table.{{csv,md,tex}}   Figures: {RESULTS}/figures/<task>/   "
-        f"Logs: {RESULTS}/logs/",
+        f"Report: {RESULTS}/report.html   Table: {RESULTS}/table.{{csv,md,tex}}, tables/   "
+        f"Figures: {RESULTS}/figures/<task>/   Logs: {RESULTS}/logs/",
+        file=sys.stderr,
+    )
+
+
+onerror:
+    print(
+        "\nA step failed (its log is above). Other trainings go on with --keep-going; the table of what is finished, "
+        "failed runs as rows: the same command with the target table_so_far.",
         file=sys.stderr,
     )

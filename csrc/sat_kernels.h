@@ -38,7 +38,7 @@
 #include <stdint.h>
 
 /* Raised with every change of this file that a caller could notice. */
-#define SAT_ABI_VERSION 3
+#define SAT_ABI_VERSION 4
 
 #if defined(__GNUC__)
 #define SAT_API __attribute__((visibility("default")))
@@ -121,6 +121,40 @@ SAT_API int sat_dense_backward(const sat_problem *problem, const sat_tensor *q,
                                const float *lse, const float *lse_rest, const sat_tensor *d_o,
                                const sat_tensor *dq, const sat_tensor *dk, const sat_tensor *dv,
                                float *delta, void *stream);
+
+/* The rows of a layer beside attention. Only the CPU library has what follows. */
+
+/* float32 [sequences, length, width], contiguous; width: a multiple of 8. Row i of sequence s and
+ * channel c have the factor of dropout m_ij above for the row s * counter_length + i and j = c. */
+typedef struct sat_rows {
+  int64_t sequences, length, width, counter_length;
+  float dropout_p;
+  uint64_t seed;
+} sat_rows;
+
+/* x_out = x + m (y + y_bias), h = LayerNorm(x_out) * weight + bias, epsilon 1e-5. The bias of row i begins
+ * at y_bias + i * y_bias_stride. x: NULL for 0. statistics: [rows, 2], the mean and 1 / deviation. */
+SAT_API int sat_norm_forward(const sat_rows *rows, const float *y, const float *y_bias,
+                             int64_t y_bias_stride, const float *x, const float *weight,
+                             const float *bias, float *x_out, float *h, float *statistics);
+
+/* Gradients dx and dy (NULL where not wanted) for those of x_out (NULL for 0) and h. sums: [3, width], the
+ * gradients of weight and bias, and the sum of dy over all rows. */
+SAT_API int sat_norm_backward(const sat_rows *rows, const float *d_x_out, const float *d_h,
+                              const float *x_out, const float *weight, const float *statistics,
+                              float *dx, float *dy, float *sums);
+
+/* out = m GELU(u + bias), GELU(x) = x (1 + erf(x / sqrt(2))) / 2. */
+SAT_API int sat_gelu_forward(const sat_rows *rows, const float *u, const float *bias, float *out);
+
+/* du, and in sums [width] the gradient of bias. */
+SAT_API int sat_gelu_backward(const sat_rows *rows, const float *d_out, const float *u,
+                              const float *bias, float *du, float *sums);
+
+/* sums [4] of a map [length, length] in double precision: of (a - shift), its square and its cube over the
+ * first `size` rows and columns, and of (a - other)^2 over all. other: NULL for none, then 0. */
+SAT_API int sat_map_sums(int64_t length, int64_t size, const float *map, const float *other,
+                         double shift, double *sums);
 
 #ifdef __cplusplus
 }

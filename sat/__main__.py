@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from sat import config as settings
-from sat import gpu_lock
+from sat import failure, gpu_lock
 from sat.launch import is_main, with_allocator_settings
 
 
@@ -174,7 +174,15 @@ def main(arguments: list[str] | None = None) -> int:
             data.load(data_dir)  # its error now, not after a wait for a GPU
         take_devices(options, sys.argv[1:] if arguments is None else arguments)
         if options.mode == "train":
-            train(resolved, data_dir, output_dir, device=options.device, threads=threads)
+            (output_dir / failure.FILE).unlink(missing_ok=True)
+            try:
+                train(resolved, data_dir, output_dir, device=options.device, threads=threads)
+            except (settings.ConfigError, data.DataError, Interrupted):
+                raise  # nothing has run, or the same command goes on
+            except Exception as error:
+                if is_main():
+                    failure.record(output_dir, resolved, error)
+                raise
         else:
             result = evaluate_run(output_dir, data_dir, options.device, threads)
             if is_main():

@@ -170,7 +170,8 @@ def complete(config: Mapping, where: str = "configuration", root: Path = ROOT) -
     if config["data"] == "generated":
         if "demo" not in config:
             raise ConfigError(f"{where}: data is 'generated', which needs the key 'demo'")
-        if extra := sorted(set(config["tasks"]) - config["demo"].keys()):
+        own = {task for task in config["tasks"] if _has_files(config, task, root)}
+        if extra := sorted(set(config["tasks"]) - own - config["demo"].keys()):
             raise ConfigError(
                 f"{where}: data is 'generated', which there is none of for {extra[0]}"
             )
@@ -182,6 +183,12 @@ def complete(config: Mapping, where: str = "configuration", root: Path = ROOT) -
         for attention in config["attentions"]:
             resolve(config, task, attention, config["seeds"][0], root)
     return config
+
+
+def _has_files(config: Mapping, task: str, root: Path) -> bool:
+    """Whether the task is a user's own, with files of its own."""
+    attention, seed = config["attentions"][0], config["seeds"][0]
+    return bool(resolve(config, task, attention, seed, root)["dataset"].get("files"))
 
 
 def known(kind: str, root: Path = ROOT) -> list[str]:

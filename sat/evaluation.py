@@ -123,7 +123,8 @@ def load_run(
     )
     safetensors.torch.load_model(model, str(folder / "model.safetensors"))
     stored = safetensors.torch.load_file(str(folder / "pattern.safetensors"))
-    masks = [stored[f"layer_{index}"].bool().to(device) for index in range(len(stored))] or None
+    count = sum(name.startswith("layer_") for name in stored)
+    masks = [stored[f"layer_{index}"].bool().to(device) for index in range(count)] or None
     return config, model.to(device), masks
 
 

@@ -5,7 +5,8 @@
     config.json           the settings, whole
     history.jsonl         every step, evaluation and the transition
     model.safetensors     weights of the best evaluation on dev within the phase in which the run ended
-    pattern.safetensors   the block mask of every layer (no tensor when the run stayed dense)
+    pattern.safetensors   layer_<i>: the block mask of a layer; pooled_layer_<i>: the mean attention map of the last
+                          dense step, pooled to blocks (no tensor when the run stayed dense)
     tensorboard/          the curves
     metrics.json          what the results table is made from; written last
 
@@ -42,6 +43,8 @@ from sat.transition import MapStatistics, pattern_loss, transition_reason
 from sat.watching import Curves, Progress, say, without_nan
 
 GRADIENT_LIMIT = 1.0
+# What sat.load needs of the manifest to encode new inputs as the preprocessing does.
+INPUT_KEYS = ("input_type", "id_offset", "max_length", "options", "symbols", "classes")
 
 
 class TrainingFailed(RuntimeError):
@@ -115,6 +118,7 @@ class Training:
         self.phase = "dense"
         self.masks: list[torch.Tensor] | None = None
         self.pattern_report: dict | None = None  # what metrics.json says of the masks
+        self.pooled_maps: list[torch.Tensor] | None = None  # [n, n] a layer, of the last dense step
         self.map_statistics = MapStatistics(config.transition.ema)
         self.pooled_sum: list[torch.Tensor] | None = None
         self.num_pooled = 0
@@ -353,6 +357,7 @@ class Training:
             for score in scores
         ]
         self.pattern_report = describe(self.masks, model.block_size, maps)
+        self.pooled_maps = maps and [pool(a, model.block_size).float() for a in maps]
 
     def score(self, split: data.Split, masks: list[torch.Tensor] | None) -> dict:
         """Score dev, or as much of it as training.num_eval_steps says; changes nothing. masks: None is dense."""
@@ -396,6 +401,7 @@ class Training:
         "phase",
         "masks",
         "pattern_report",
+        "pooled_maps",
         "pooled_sum",
         "num_pooled",
         "transition",
@@ -481,6 +487,7 @@ def train(
         "seed": config.seed,
         "data": manifest["data"],
         "num_inputs": manifest["num_inputs"],
+        "input": {key: manifest.get(key) for key in INPUT_KEYS},
         "test": test | {"chance": chance(manifest), "baseline": baseline(config.task, splits)},
         "dev": training.best,
         "transition_rule": config.transition.rule,
@@ -512,6 +519,9 @@ def train(
     patterns = {
         f"layer_{i}": mask.to(torch.uint8).cpu().contiguous()
         for i, mask in enumerate(training.masks or [])
+    } | {
+        f"pooled_layer_{i}": pooled.cpu().contiguous()
+        for i, pooled in enumerate(training.pooled_maps or [])
     }
     _write(output_dir / "config.json", lambda path: path.write_text(_json(settings)))
     _write(

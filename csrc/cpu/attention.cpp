@@ -1,10 +1,5 @@
 // Attention over selected blocks, forward and backward, for one instruction set.
 //
-// CMake compiles this file once for each set, with SAT_SET (a namespace) and SAT_LANES (floats in a
-// register). Everything but the table at the end has internal linkage, and nothing of the standard
-// library that could be emitted out of line is used: the linker must never keep the AVX-512 copy of
-// a function for the baseline.
-//
 // A strip is up to 32 queries of one (batch, head); a chunk is up to 32 keys. Scores are computed
 // transposed, S'[key][query], so that the queries lie in the lanes: k, v, q and dO are then read in
 // place, only q and dO of a strip are packed, and the sum over a row is a vertical operation.
@@ -16,89 +11,13 @@
 // with M the factors of dropout, drawn anew in the backward.
 // All five products are one register tile, `product`. The scale and log2(e) are folded into the
 // packed q, the scale of dS into the packed dO and delta.
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <type_traits>
-#include <utility>
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
-#include "instruction_set.hpp"
-
-#ifdef _OPENMP
-#define SAT_OMP(directive) _Pragma(directive)
-#else
-#define SAT_OMP(directive)
-#endif
-
-#define SAT_INLINE inline __attribute__((always_inline))
-#define SAT_LAMBDA __attribute__((always_inline))
-// For the inner loops: within a larger function GCC runs out of registers for them.
-#define SAT_ALONE __attribute__((noinline))
+#include "vectors.hpp"
 
 namespace sat {
 namespace SAT_SET {
 namespace {
 
-constexpr int64_t kLanes = SAT_LANES;
 constexpr int64_t kStrip = 32;  // queries of a strip and keys of a chunk
-constexpr double kLog2e = 1.44269504088896341;
-constexpr double kLn2 = 0.693147180559945309;
-
-typedef float Vec __attribute__((vector_size(4 * SAT_LANES)));
-typedef float UnalignedVec __attribute__((vector_size(4 * SAT_LANES), aligned(4), may_alias));
-typedef int32_t IntVec __attribute__((vector_size(4 * SAT_LANES)));
-typedef uint32_t WordVec __attribute__((vector_size(4 * SAT_LANES), aligned(4), may_alias));
-
-SAT_INLINE Vec load(const float *p) { return *reinterpret_cast<const UnalignedVec *>(p); }
-SAT_INLINE void store(float *p, Vec x) { *reinterpret_cast<UnalignedVec *>(p) = x; }
-SAT_INLINE Vec splat(float x) { return x - Vec{}; }
-
-// Both give b where b is NaN: the value goes second, the bound first. The instructions of x86 do just
-// that, but GCC makes a comparison and a blend of the second form.
-#if defined(__AVX2__) && SAT_LANES == 8
-SAT_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
-SAT_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
-#else
-SAT_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
-SAT_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
-#endif
-
-SAT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// 2^x to 1e-7 (relative) for x < 128; 0 below 2^-126.5. The polynomial is the minimax one on
-// [-1/2, 1/2]. Adding `round` leaves the biased exponent in the low bits of the sum.
-SAT_INLINE Vec exp2_below_128(Vec x) {
-  x = max(splat(-127.0f), x);
-  const float round = 12582912.0f + 127.0f;  // 1.5 * 2^23 + exponent bias
-  const Vec shifted = x + round;
-  const Vec f = x - (shifted - round);
-  Vec y = f * 0.001327647174f + 0.00967554154f;
-  y = y * f + 0.05550713276f;
-  y = y * f + 0.2402211972f;
-  y = y * f + 0.6931469671f;
-  y = y * f + 1.000000072f;
-  return y * reinterpret_cast<Vec>(reinterpret_cast<IntVec>(shifted) << 23);
-}
-
-// The same for any x; inf from 2^127.5.
-SAT_INLINE Vec exp2(Vec x) { return exp2_below_128(min(splat(128.0f), x)); }
-
-// log2 of a positive normal number; NaN for NaN and inf.
-SAT_INLINE Vec log2(Vec x) {
-  const IntVec bits = reinterpret_cast<IntVec>(x);
-  const IntVec exponent = (bits - 0x3f3504f3) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
-  const Vec m = reinterpret_cast<Vec>(bits - (exponent << 23));
-  const Vec s = (m - 1.0f) / (m + 1.0f), t = s * s;
-  Vec y = t * (1.0f / 9) + 1.0f / 7;
-  y = y * t + 1.0f / 5;
-  y = y * t + 1.0f / 3;
-  y = y * t + 1.0f;
-  return __builtin_convertvector(exponent, Vec) + (x - x) + static_cast<float>(2 * kLog2e) * s * y;
-}
 
 // A number that the compiler knows, for the sizes that nearly all chunks have: there it knows the
 // loops and addresses of the products.
@@ -235,25 +154,6 @@ float *at(const sat_tensor &t, int64_t batch, int64_t head, int64_t row) {
          row * t.row_stride;
 }
 
-// One step of a transposition: exchanges the lanes of two rows that are `Step` apart.
-template <int Step, size_t... Lane>
-SAT_INLINE void exchange(Vec &a, Vec &b, std::index_sequence<Lane...>) {
-  const Vec low = __builtin_shufflevector(a, b, (Lane & Step ? kLanes + Lane - Step : Lane)...);
-  b = __builtin_shufflevector(a, b, (Lane & Step ? kLanes + Lane : Lane + Step)...);
-  a = low;
-}
-
-template <int Step>
-SAT_INLINE void transpose(Vec (&rows)[kLanes]) {
-  if constexpr (Step < kLanes) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i)
-      if (!(i & Step))
-        exchange<Step>(rows[i], rows[i + Step], std::make_index_sequence<kLanes>());
-    transpose<2 * Step>(rows);
-  }
-}
-
 // to[d][r] = factor * from[r][d], zero from row `rows` on.
 void pack(const float *from, int64_t row_stride, int64_t rows, int64_t width, int64_t strip,
           float factor, float *to) {
@@ -327,8 +227,8 @@ struct Plan {
     num_strips = (c.problem.length + strip - 1) / strip;
     pairs = c.problem.batch * c.problem.heads;
     large = pairs * c.problem.length * c.problem.width >= 1 << 18;
-    threshold = static_cast<uint32_t>(c.problem.dropout_p * 0x1p24 + 0.5);
-    kept = threshold < 1 << 24 ? static_cast<float>(0x1p24 / (0x1p24 - threshold)) : 0.0f;
+    threshold = dropout_threshold(c.problem.dropout_p);
+    kept = dropout_kept(threshold);
   }
 
   // Sets rows of an output to 0.
@@ -434,29 +334,6 @@ struct Plan {
   }
 };
 
-// Runs body(task, scratch) for every task, each thread with its own 64-byte aligned scratch.
-template <class Body>
-int parallel(int64_t tasks, int num_threads, int64_t scratch_floats, Body body) {
-  if (tasks <= 0) return SAT_OK;
-  if (num_threads > tasks) num_threads = static_cast<int>(tasks);
-  // Neighbouring tasks to one thread, which fetches ahead for the next one.
-  [[maybe_unused]] const int64_t grain = num_threads == 1 ? tasks : 1 + tasks / (32 * num_threads);
-  int failed = 0;
-  SAT_OMP("omp parallel num_threads(num_threads) reduction(| : failed)") {
-    const size_t bytes = (scratch_floats * sizeof(float) + 63) / 64 * 64;
-    float *scratch = static_cast<float *>(std::aligned_alloc(64, bytes));
-    failed = scratch == nullptr;
-    SAT_OMP("omp for schedule(dynamic, grain)")
-    for (int64_t task = 0; task < tasks; ++task)
-      if (scratch) body(task, scratch);
-#if defined(__SSE2__)
-    _mm_sfence();  // what `clear` wrote past the cache, before other threads read it
-#endif
-    std::free(scratch);
-  }
-  return failed ? SAT_NO_MEMORY : SAT_OK;
-}
-
 // ---------------------------------------------------------------------------------------- dropout
 
 // The generator of sat_kernels.h for the rows of a strip, and its factors for a chunk of keys.
@@ -469,10 +346,7 @@ struct Dropout {
     const sat_problem &problem = plan.call.problem;
     const int64_t first = (batch * problem.heads + head) * problem.length + index * plan.strip;
     for (int64_t r = 0; r < plan.strip; ++r) {
-      uint64_t z = problem.seed + 0x9E3779B97F4A7C15u * static_cast<uint64_t>(first + r + 1);
-      z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-      z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-      z ^= z >> 31;
+      const uint64_t z = row_state(problem.seed, first + r);
       low[r] = static_cast<uint32_t>(z);
       high[r] = static_cast<uint32_t>(z >> 32);
     }
@@ -483,11 +357,9 @@ struct Dropout {
     for (int64_t i = 0; i < num_keys; ++i) {
       const uint32_t step = 0x9E3779B9u * static_cast<uint32_t>(first_key + i);
       for (int64_t c = 0; c < plan.strip; c += kLanes) {
-        WordVec x = *reinterpret_cast<const WordVec *>(low + c) + step;
-        x = (x ^ x >> 16) * 0x7FEB352Du;
-        x = ((x ^ x >> 15) + *reinterpret_cast<const WordVec *>(high + c)) * 0x846CA68Bu;
-        x ^= x >> 16;
-        store(factors + i * plan.strip + c, x >> 8 < plan.threshold ? Vec{} : kept);
+        const WordVec number = element_number(*reinterpret_cast<const WordVec *>(low + c) + step,
+                                              *reinterpret_cast<const WordVec *>(high + c));
+        store(factors + i * plan.strip + c, number < plan.threshold ? Vec{} : kept);
       }
     }
   }

@@ -17,27 +17,37 @@ bool always() { return true; }
 
 struct Candidate {
   const InstructionSet *set;
+  const sat::LayerSet *layer;
   bool (*supported)();
 };
 
 const Candidate candidates[] = {  // best first
 #if defined(__x86_64__)
-    {&sat::avx512::instruction_set, has_avx512},
-    {&sat::avx2::instruction_set, has_avx2},
+    {&sat::avx512::instruction_set, &sat::avx512::layer_set, has_avx512},
+    {&sat::avx2::instruction_set, &sat::avx2::layer_set, has_avx2},
 #endif
-    {&sat::baseline::instruction_set, always},
+    {&sat::baseline::instruction_set, &sat::baseline::layer_set, always},
 };
 
 const char *forced = nullptr;
 int num_threads = 1;
 
 // A wide set needs a width that fills its registers; 8 and 24 fall back to a narrower one.
-const InstructionSet &choose(int64_t width) {
+const Candidate &candidate_for(int64_t width) {
   for (const Candidate &candidate : candidates) {
     const bool named = !forced || !std::strcmp(forced, candidate.set->name);
-    if (named && candidate.supported() && width % candidate.set->lanes == 0) return *candidate.set;
+    if (named && candidate.supported() && width % candidate.set->lanes == 0) return candidate;
   }
-  return sat::baseline::instruction_set;
+  return candidates[sizeof candidates / sizeof *candidates - 1];
+}
+
+const InstructionSet &choose(int64_t width) { return *candidate_for(width).set; }
+const sat::LayerSet &layer(int64_t width) { return *candidate_for(width).layer; }
+
+int check(const sat_rows &r) {
+  const bool good = r.sequences >= 0 && r.length >= 0 && r.width > 0 && r.width % 8 == 0 &&
+                    r.counter_length >= r.length && r.dropout_p >= 0 && r.dropout_p < 1;
+  return good ? SAT_OK : SAT_BAD_ARGUMENT;
 }
 
 int check(const sat_problem &p, const sat_blocks *b) {
@@ -123,6 +133,39 @@ int sat_dense_backward(const sat_problem *problem, const sat_tensor *q, const sa
                        const float *lse_rest, const sat_tensor *d_o, const sat_tensor *dq,
                        const sat_tensor *dk, const sat_tensor *dv, float *, void *) {
   return backward(problem, nullptr, q, k, v, o, lse, lse_rest, d_o, dq, dk, dv);
+}
+
+int sat_norm_forward(const sat_rows *rows, const float *y, const float *y_bias,
+                     int64_t y_bias_stride, const float *x, const float *weight, const float *bias,
+                     float *x_out, float *h, float *statistics) {
+  if (const int status = check(*rows)) return status;
+  return layer(rows->width).norm_forward(
+      {*rows, y, y_bias, y_bias_stride, x, weight, bias, x_out, h, statistics, num_threads});
+}
+
+int sat_norm_backward(const sat_rows *rows, const float *d_x_out, const float *d_h,
+                      const float *x_out, const float *weight, const float *statistics, float *dx,
+                      float *dy, float *sums) {
+  if (const int status = check(*rows)) return status;
+  return layer(rows->width).norm_backward(
+      {*rows, d_x_out, d_h, x_out, weight, statistics, dx, dy, sums, num_threads});
+}
+
+int sat_gelu_forward(const sat_rows *rows, const float *u, const float *bias, float *out) {
+  if (const int status = check(*rows)) return status;
+  return layer(rows->width).gelu_forward({*rows, nullptr, u, bias, out, nullptr, num_threads});
+}
+
+int sat_gelu_backward(const sat_rows *rows, const float *d_out, const float *u, const float *bias,
+                      float *du, float *sums) {
+  if (const int status = check(*rows)) return status;
+  return layer(rows->width).gelu_backward({*rows, d_out, u, bias, du, sums, num_threads});
+}
+
+int sat_map_sums(int64_t length, int64_t size, const float *map, const float *other, double shift,
+                 double *sums) {
+  if (length < 0 || size < 0 || size > length) return SAT_BAD_ARGUMENT;
+  return layer(64).map_sums({length, size, map, other, shift, sums, num_threads});
 }
 
 }  // extern "C"

@@ -19,7 +19,7 @@ import torch
 
 from sat.attention.blocks import block_csr
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 BLOCK_SIZES = (16, 32, 64)
 DENOMINATORS = ("zero_logits", "renormalised")  # in the order of the C enum
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of the C enum
@@ -157,6 +157,11 @@ def _call(name: str, like: torch.Tensor, *arguments) -> None:
     else:
         library.sat_set_num_threads(torch.get_num_threads())
         status = getattr(library, name)(*arguments, None)
+    check_status(name, device_type, status)
+
+
+def check_status(name: str, device_type: str, status: int) -> None:
+    """Raises what a status of the library that is not 0 means."""
     if status:
         kind = torch.OutOfMemoryError if status == OUT_OF_MEMORY else RuntimeError
         raise kind(f"{name} on {device_type}: {ERRORS.get(status, f'error {status}')}")
@@ -308,7 +313,7 @@ def _(d_o, q, k, v, *_):
     return _new_like(q), _new_like(k), _new_like(v)
 
 
-def _is_plain(x: torch.Tensor) -> bool:
+def is_plain(x: torch.Tensor) -> bool:
     """Whether a tensor is data, not a stand-in of torch.compile or of another tool."""
     return type(x) is torch.Tensor and not torch.compiler.is_compiling()
 
@@ -319,7 +324,7 @@ def _block_sparse_setup(ctx, inputs, output):
 
 
 def _block_sparse_gradients(ctx, d_o, _):
-    backward = _block_sparse_backward if _is_plain(d_o) else block_sparse_backward_operator
+    backward = _block_sparse_backward if is_plain(d_o) else block_sparse_backward_operator
     return *backward(d_o, *ctx.saved_tensors, *ctx.options), *[None] * 6
 
 
@@ -330,7 +335,7 @@ def _dense_setup(ctx, inputs, output):
 
 
 def _dense_gradients(ctx, d_o, *_):
-    backward = _dense_backward if _is_plain(d_o) else dense_backward_operator
+    backward = _dense_backward if is_plain(d_o) else dense_backward_operator
     return *backward(d_o, *ctx.saved_tensors, ctx.dropout_p), *[None] * 5
 
 
@@ -338,8 +343,8 @@ block_sparse_operator.register_autograd(_block_sparse_gradients, setup_context=_
 dense_operator.register_autograd(_dense_gradients, setup_context=_dense_setup)
 
 
-def _direct(forward, setup, gradients):
-    """forward with gradients through autograd alone.
+def direct(forward, setup, gradients, differentiable=1):
+    """forward with gradients through autograd alone, for its first `differentiable` outputs.
 
     The operators are for torch.compile and the like. Going through torch's dispatcher costs a
     quarter of a millisecond forward and backward, as much as a call with few blocks selected.
@@ -351,7 +356,8 @@ def _direct(forward, setup, gradients):
         @staticmethod
         def forward(ctx, *inputs):
             output = forward(*inputs)
-            ctx.mark_non_differentiable(*output[1:])
+            if isinstance(output, tuple):
+                ctx.mark_non_differentiable(*output[differentiable:])
             ctx.set_materialize_grads(False)
             setup(ctx, inputs, output)
             return output
@@ -364,19 +370,19 @@ def _direct(forward, setup, gradients):
     return Direct.apply
 
 
-_direct_block_sparse = _direct(_block_sparse, _block_sparse_setup, _block_sparse_gradients)
-_direct_dense = _direct(_dense, _dense_setup, _dense_gradients)
+_direct_block_sparse = direct(_block_sparse, _block_sparse_setup, _block_sparse_gradients)
+_direct_dense = direct(_dense, _dense_setup, _dense_gradients)
 
 
 def block_sparse(q, *options):
     """_block_sparse with gradients; see there."""
-    if not _is_plain(q):
+    if not is_plain(q):
         return block_sparse_operator(q, *options)
     return (_direct_block_sparse if torch.is_grad_enabled() else _block_sparse)(q, *options)
 
 
 def dense(q, *options):
     """_dense with gradients; see there."""
-    if not _is_plain(q):
+    if not is_plain(q):
         return dense_operator(q, *options)
     return (_direct_dense if torch.is_grad_enabled() else _dense)(q, *options)

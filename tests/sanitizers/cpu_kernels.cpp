@@ -82,6 +82,27 @@ bool run(const Case &c) {
 
 }  // namespace
 
+// The rows of a layer, forward and backward; every array ends where its memory ends.
+bool run_rows(int64_t sequences, int64_t length, int64_t width, float dropout_p) {
+  const sat_rows rows = {sequences, length, width, length + 3, dropout_p, 5};
+  const size_t count = static_cast<size_t>(sequences * length), size = count * width;
+  std::vector<float> y(size, 0.5f), x(size, 0.25f), bias(width, 0.1f), weight(width, 1.0f), out(size),
+      h(size), statistics(2 * count), dx(size), dy(size), sums(3 * width), bias_sums(width);
+  for (size_t i = 0; i < size; ++i) y[i] = static_cast<float>(i % 7) - 3;
+  const bool done =
+      sat_norm_forward(&rows, y.data(), bias.data(), 0, x.data(), weight.data(), bias.data(),
+                       out.data(), h.data(), statistics.data()) == SAT_OK &&
+      sat_norm_backward(&rows, y.data(), x.data(), out.data(), weight.data(), statistics.data(),
+                        dx.data(), dy.data(), sums.data()) == SAT_OK &&
+      sat_norm_backward(&rows, nullptr, x.data(), out.data(), weight.data(), statistics.data(),
+                        nullptr, nullptr, sums.data()) == SAT_OK &&
+      sat_gelu_forward(&rows, y.data(), bias.data(), out.data()) == SAT_OK &&
+      sat_gelu_backward(&rows, x.data(), y.data(), bias.data(), dy.data(), bias_sums.data()) == SAT_OK;
+  for (float value : dy)
+    if (!(value == value)) return false;
+  return done;
+}
+
 int main() {
   const Case cases[] = {
       {128, 32, 32, {128, 77}, 0, 1},    {128, 64, 64, {128, 1}, 0, 1}, {64, 8, 16, {33, 0}, 0, 1},
@@ -98,6 +119,12 @@ int main() {
                       static_cast<int>(c.width), static_cast<int>(c.block));
           return 1;
         }
+      }
+    for (int threads : {1, 3})
+      for (int64_t width : {8, 24, 64}) {
+        sat_set_num_threads(threads);
+        if (!run_rows(3, 67, width, 0.2f) || !run_rows(1, 1, width, 0) || !run_rows(0, 4, width, 0))
+          return 1;
       }
     std::printf("%s\n", set);
   }

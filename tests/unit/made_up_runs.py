@@ -1,11 +1,14 @@
 """Run folders with made-up results, for the tests of the table and the figures."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
+
+from sat import config as settings
 
 NUM_BLOCKS = 4
 MASKS = np.zeros((2, NUM_BLOCKS, NUM_BLOCKS), np.uint8)  # two layers
@@ -97,6 +100,18 @@ def make_phase(ms_per_step: float, mib: int) -> dict[str, Any]:
     }
 
 
+@functools.cache
+def demo_settings(attention: str) -> str:
+    known = attention if attention in settings.known("attentions") else "sat"
+    return json.dumps(settings.resolve(settings.load("demo"), "listops", known, 1001))
+
+
+def make_settings(metrics: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a run: the demo's settings of the attention, under the run's own names."""
+    names = {key: metrics[key] for key in ("run", "task", "attention", "seed")}
+    return json.loads(demo_settings(metrics["attention"])) | names
+
+
 def write_metrics(output_dir: Path, metrics: dict[str, Any]) -> Path:
     """Write a metrics.json where the workflow keeps it below `output_dir`; returns its path."""
     name = f"{metrics['task']}/{metrics['attention']}/seed{metrics['seed']}"
@@ -106,22 +121,52 @@ def write_metrics(output_dir: Path, metrics: dict[str, Any]) -> Path:
     return path
 
 
-def write_run(output_dir: Path, metrics: dict[str, Any]) -> Path:
-    """Write a whole run folder, with an evaluation on dev every 50 steps; returns the folder."""
+def write_run(
+    output_dir: Path, metrics: dict[str, Any], *, num_steps: int = 300, pooled: bool = True
+) -> Path:
+    """Write a whole run folder, with 6 evaluations on dev; returns the folder.
+
+    pooled: with the pooled attention maps of the switch.
+    """
     run_dir = write_metrics(output_dir, metrics).parent
+    (run_dir / "config.json").write_text(json.dumps(make_settings(metrics)))
     switch = metrics["transition"]
-    events = []
-    for step in range(50, 301, 50):
-        sparse = switch["step"] is not None and step > switch["step"]
-        phase = "sparse" if sparse else "dense"
+    sparse_from = num_steps + 1 if switch["step"] is None else switch["step"]
+    every = num_steps // 6
+    lines = []
+    for step in range(1, num_steps + 1):
+        if num_steps <= 300 and step % every:
+            continue  # short histories are enough for most tests
+        phase = "sparse" if step > sparse_from else "dense"
         loss = {"step": step, "phase": phase, "loss": 100 / step}
-        accuracy = metrics["test"]["accuracy"] * step / 300
-        events.append({"event": "train", **loss, "accuracy": accuracy})
-        events.append({"event": "eval", "split": "dev", **loss, "accuracy": accuracy})
+        accuracy = metrics["test"]["accuracy"] * step / num_steps
+        dense = phase == "dense" and metrics["attention"] != "softmax"
+        maps = {
+            "skewness": [1 + step / num_steps, 2.0] if dense else None,
+            "distance": [1 / step, 0.5] if dense else None,
+            "change": [100 / step, None] if dense and step > every else None,
+        }
+        times = {"learning_rate": 0.001, "ms": 80.0 if phase == "dense" else 20.0}
+        lines.append({"event": "train", **loss, "accuracy": accuracy, **maps, **times})
+        if step % every == 0:
+            lines.append({"event": "eval", "split": "dev", **loss, "accuracy": accuracy})
         if step == switch["step"]:
-            events.append({"event": "transition", **switch})
-            events.append({"event": "eval", "split": "dev", **loss, "accuracy": 0.125})
-    (run_dir / "history.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
-    masks = dict(zip(("layer_0", "layer_1"), MASKS, strict=True)) if metrics["pattern"] else {}
-    save_file(masks, run_dir / "pattern.safetensors")
+            lines.append({"event": "transition", **switch})
+            lines.append({"event": "eval", "split": "dev", **loss, "accuracy": 0.125})
+    (run_dir / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tensors = {}
+    if metrics["pattern"]:
+        for layer, mask in enumerate(make_masks(metrics["pattern"]["num_blocks"])):
+            tensors[f"layer_{layer}"] = mask
+            if pooled:
+                tensors[f"pooled_layer_{layer}"] = (mask + 0.1).astype(np.float32)
+    save_file(tensors, run_dir / "pattern.safetensors")
     return run_dir
+
+
+def make_masks(num_blocks: int) -> np.ndarray:
+    """MASKS, or as many blocks as asked for with a band kept."""
+    if num_blocks == NUM_BLOCKS:
+        return MASKS
+    distance = np.abs(np.subtract.outer(np.arange(num_blocks), np.arange(num_blocks)))
+    return np.stack([distance < 2, distance < 4]).astype(np.uint8)

@@ -7,7 +7,9 @@ import math
 import random
 
 import collect
+import numpy as np
 import pytest
+import tables
 from made_up_runs import make_config, make_metrics, write_metrics
 
 
@@ -32,6 +34,7 @@ def only_row(tmp_path, all_metrics, **kwargs):
 def run_main(output_dir, config, paths, *options):
     collect.main(
         ["--output-dir", str(output_dir), "--config", json.dumps(config), *options]
+        + ["--runs-dir", str(output_dir / "runs")]
         + [str(path) for path in paths]
     )
 
@@ -52,7 +55,7 @@ def test_one_seed_has_no_standard_deviation(tmp_path):
     row = only_row(tmp_path, [make_metrics(accuracy=0.4)])
     assert row["test_accuracy_sd_percent"] is None
     assert collect.accuracy_text(row) == "40.00"
-    assert ",40.0000,,12.5000," in collect.to_csv([row])
+    assert ",40.0000,,,,12.5000," in collect.to_csv([row])
 
 
 def test_sparse_runs_give_density_speed_up_and_memory(tmp_path):
@@ -93,10 +96,14 @@ def test_a_run_that_never_switched_has_no_sparse_figures(tmp_path):
     row = only_row(tmp_path, [make_metrics(attention="sat")])
     empty = [column for column, value in row.items() if value is None]
     assert empty == [
+        "failures",
         "test_accuracy_sd_percent",
+        "test_accuracy_95_low_percent",
+        "test_accuracy_95_high_percent",
         "baseline_percent",
         "transition_step_mean",
         "density_mean",
+        "batch_size",
         "sparse_ms_per_step_median",
         "speed_up_median",
         "sparse_peak_memory_max_mib",
@@ -376,3 +383,74 @@ def test_a_run_with_other_settings_gets_no_row(tmp_path):
     digests = {"listops/softmax/seed1": "d" * 64}
     with pytest.raises(ValueError, match=r"metrics.json: trained with other settings.*forcerun"):
         collect.read_runs([path], config | {"digests": digests}, tmp_path, False)
+
+
+def test_interval_of_three_seeds(tmp_path):
+    runs = [make_metrics(seed=s, accuracy=a) for s, a in ((1, 0.40), (2, 0.42), (3, 0.50))]
+    row = only_row(tmp_path, runs)
+    half = 4.3027 * math.sqrt(28) / math.sqrt(3)
+    assert row["test_accuracy_95_low_percent"] == pytest.approx(44 - half, abs=1e-3)
+    assert row["test_accuracy_95_high_percent"] == pytest.approx(44 + half, abs=1e-3)
+    assert collect.interval_text(row) == "30.86 to 57.14"
+    assert collect.interval_text(only_row(tmp_path / "two", runs[:2])) == "–"
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 5, 17, 30, 31, 60, 500])
+def test_points_of_student_s_t(degrees):
+    """The density of Student's t, integrated up to the point, leaves 2.5 % beyond it."""
+    log_scale = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)
+    scale = math.exp(log_scale) / math.sqrt(degrees * math.pi)
+    x = np.linspace(0, tables.t_95(degrees), 20_001)
+    density = scale * (1 + x**2 / degrees) ** (-(degrees + 1) / 2)
+    assert np.trapezoid(density, x) == pytest.approx(0.475, abs=2e-5)
+
+
+def write_failure(folder, task, attention, seed, kind="out of memory", step=120):
+    path = folder / "runs" / task / attention / f"seed{seed}" / "failed.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    failure = {"task": task, "attention": attention, "seed": seed, "kind": kind, "step": step}
+    path.write_text(json.dumps(failure | {"message": "no room"}))
+    return path
+
+
+def test_failed_runs_are_rows(tmp_path, capsys):
+    write_metrics(tmp_path, make_metrics(accuracy=0.25))
+    write_failure(tmp_path, "listops", "softmax", 1002)
+    write_failure(tmp_path, "listops", "sat", 1001, "loss not finite", None)
+    run_main(tmp_path, make_config(), [], "--allow-missing")
+    dense, sparse = csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text()))
+    assert (dense["status"], dense["failures"]) == (
+        "1 of 2 seeds",
+        "seed 1002: out of memory at step 120",
+    )
+    assert (sparse["status"], sparse["failures"]) == (
+        "loss not finite",
+        "seed 1001: loss not finite",
+    )
+    printed = capsys.readouterr().out
+    assert "1 of 2 (seed 1002: out of memory at step 120)" in printed
+    assert "| loss not finite |" in printed.replace("  ", " ").replace("  ", " ")
+
+
+def test_a_run_that_succeeded_after_a_failure_has_not_failed(tmp_path):
+    write_metrics(tmp_path, make_metrics())
+    write_failure(tmp_path, "listops", "softmax", 1001)
+    assert collect.read_failures(make_config(), tmp_path / "runs") == {}
+
+
+def test_a_broken_failure_is_named(tmp_path):
+    path = write_failure(tmp_path, "listops", "sat", 1001, "bad luck")
+    with pytest.raises(ValueError, match="failed.json: kind: expected one of"):
+        collect.read_failures(make_config(), tmp_path / "runs")
+    path.write_text("{")
+    with pytest.raises(ValueError, match="failed.json: not JSON"):
+        collect.read_failures(make_config(), tmp_path / "runs")
+
+
+def test_a_run_sparse_from_the_start_has_no_dense_figures(tmp_path):
+    metrics = make_metrics(attention="local", switch=(0, "start"))
+    metrics["phases"]["dense"] = None
+    row = only_row(tmp_path, [metrics])
+    assert row["dense_ms_per_step_median"] is None and row["speed_up_median"] is None
+    assert row["sparse_ms_per_step_median"] == 20
+    assert (collect.switch_text(row), row["transition_made_by"]) == ("0", "start")

@@ -189,3 +189,40 @@ def test_settings_are_taken_whole():
 def test_broken_settings_are_named(text, words):
     with pytest.raises(config.ConfigError, match=words):
         command_line.resolve(command_line.parse(["--mode", "train", "--settings", text]))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "step"),
+    [
+        (MemoryError(), "out of memory", None),
+        (RuntimeError("CUDA out of memory. Tried"), "out of memory", None),
+        (
+            RuntimeError("the loss is nan in step 17 (dense phase). Lower it"),
+            "loss not finite",
+            17,
+        ),
+        (OSError("no space left"), "failed", None),
+    ],
+)
+def test_a_training_that_fails_leaves_a_record(tmp_path, monkeypatch, error, kind, step):
+    from sat import training
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "train", fail)
+    whole = json.dumps(config.resolve(config.load("demo"), "text", "sat", 5))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/manifest.json").write_text("{}")
+    arguments = ["--mode", "train", "--settings", whole, "--output-dir", "run"]
+    arguments += ["--data-dir", "data"]
+    with pytest.raises(type(error)):
+        command_line.main(arguments)
+    record = json.loads((tmp_path / "run/failed.json").read_text())
+    assert (record["task"], record["attention"], record["seed"]) == ("text", "sat", 5)
+    assert (record["kind"], record["step"]) == (kind, step) and record["message"]
+
+    monkeypatch.setattr(training, "train", lambda *arguments, **options: None)
+    assert command_line.main(arguments) == 0
+    assert not (tmp_path / "run/failed.json").exists()

@@ -229,3 +229,22 @@ def test_a_name_that_a_shell_or_a_path_could_read_otherwise_is_refused(key, name
             (root / f"config/{kind}/{name}.yaml").write_text("model: {}\n")
     with pytest.raises(config.ConfigError, match=key):
         config.complete(lra | {key: name if key == "run" else [name]}, root=root)
+
+
+def test_a_task_of_one_s_own(tmp_path):
+    """One YAML: its files reach the preprocessing, beside generated data too, and no task of ours takes such keys."""
+    for part in ("config", "workflow/schemas"):
+        shutil.copytree(config.ROOT / part, tmp_path / part)
+    text = (config.ROOT / "config/tasks/text.yaml").read_text()
+    own = "{files: {train: a.csv, test: b.csv}, text_column: body, label_column: topic, max_length: 64}"
+    lines = [f"dataset: {own}" if x.startswith("dataset:") else x for x in text.splitlines()]
+    (tmp_path / "config/tasks/tickets.yaml").write_text("\n".join(lines))
+    overlay = config.read_yaml(config.ROOT / "config/demo.yaml") | {"tasks": ["tickets"]}
+    base = config.read_yaml(config.ROOT / "config/config.yaml")
+    whole = config.complete(config.merge(base, overlay), root=tmp_path)
+    options = config.resolve_dataset(whole, "tickets", tmp_path)["options"]
+    files = {"train": "a.csv", "test": "b.csv"}
+    assert options == {"files": files, "text_column": "body", "label_column": "topic"}
+    changes = {"settings": {"text": {"dataset": {"files": files}}}}
+    with pytest.raises(config.ConfigError, match="task text has no option 'dataset.files'"):
+        config.resolve(config.merge(base, changes), "text", "sat", 1, tmp_path)

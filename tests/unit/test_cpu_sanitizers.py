@@ -45,7 +45,8 @@ def compile_programs(folder, compiler, sets, flags, library_flags=()):
     ]
     for name, (lanes, set_flags) in sets.items():
         macros = [f"-DSAT_SET={name}", f"-DSAT_LANES={lanes}"]
-        sources.append((name, "csrc/cpu/attention.cpp", [*macros, *set_flags]))
+        for part in ("attention", "layer"):
+            sources.append((f"{name}_{part}", f"csrc/cpu/{part}.cpp", [*macros, *set_flags]))
     with ThreadPoolExecutor(2) as pool:
         *mains, library = pool.map(lambda arguments: compile_object(*arguments), sources[:3])
         kernels = list(pool.map(lambda arguments: compile_object(*arguments), sources[3:]))

@@ -8,11 +8,14 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import figures
+import matplotlib
 import numpy as np
 import pytest
+import summary_figures
 from made_up_runs import MASKS, make_config, make_metrics, write_run
 
 SCRIPT = Path(figures.__file__)
+FILES = sorted(f"{name}.{form}" for name in figures.DRAWINGS for form in ("svg", "png"))
 
 
 @pytest.fixture
@@ -31,6 +34,11 @@ def draw(run_dirs, config):
     return figures.draw_figures(figures.read_runs(run_dirs, "listops", config), config)
 
 
+def svg_of(name, run_dirs, config=None):
+    """One figure: the others need not be drawn for it."""
+    return figures.to_svg(draw_one(name, run_dirs, config))
+
+
 def texts(svg):
     """All text of an SVG, one string a text element."""
     tag = "{http://www.w3.org/2000/svg}text"
@@ -38,7 +46,7 @@ def texts(svg):
 
 
 def test_accuracy_figure_says_what_it_shows(run_dirs):
-    found = texts(draw(run_dirs, make_config())["accuracy.svg"])
+    found = texts(svg_of("accuracy", run_dirs))
     for text in (
         "listops, run demo (generated data)",
         "training step",
@@ -52,13 +60,13 @@ def test_accuracy_figure_says_what_it_shows(run_dirs):
 
 
 def test_one_seed_has_no_mean(run_dirs):
-    found = texts(draw(run_dirs[1::2], make_config())["accuracy.svg"])
+    found = texts(svg_of("accuracy", run_dirs[1::2]))
     assert "softmax" in found and "sat" in found
     assert not any("mean" in text for text in found)
 
 
 def test_pattern_figure_shows_the_first_seed_that_switched(run_dirs):
-    found = texts(draw(run_dirs, make_config())["pattern.svg"])
+    found = texts(svg_of("pattern", run_dirs))
     assert "sat, seed 1002, from step 150, blocks of 32 × 32" in found
     for text in ("layer 1: density 0.125,", "3 of 4 rows empty"):
         assert text in found
@@ -73,12 +81,12 @@ def test_pattern_figure_has_a_row_an_attention(tmp_path):
         write_run(tmp_path, make_metrics(attention=name, seed=1, switch=(150, "rule")))
         for name in config["attentions"]
     ]
-    found = texts(draw(dirs, config)["pattern.svg"])
+    found = texts(svg_of("pattern", dirs, config))
     assert sum(text.startswith(("sat, seed 1,", "local, seed 1,")) for text in found) == 2
 
 
 def test_without_a_switch_the_pattern_figure_says_so(run_dirs):
-    found = texts(draw(run_dirs[:3], make_config())["pattern.svg"])
+    found = texts(svg_of("pattern", run_dirs[:3]))
     assert "No run switched to sparse attention: there is no pattern to show." in found
 
 
@@ -86,11 +94,10 @@ def test_without_a_switch_the_pattern_figure_says_so(run_dirs):
 def test_any_mask_is_drawn_as_it_is(mask):
     axes = figures.Figure().add_subplot()
     figures.draw_mask(axes, mask)
-    drawn = np.zeros_like(mask)
-    for path in axes.collections[0].get_paths():
-        column, row = path.vertices[0].astype(int)
-        drawn[row, column] = True
-    np.testing.assert_array_equal(drawn, mask)
+    drawn = np.asarray(axes.images[0].get_array())
+    np.testing.assert_array_equal((drawn == drawn[mask][:1]).all(-1) if mask.any() else mask, mask)
+    empty = ~mask.any(axis=1)
+    assert (drawn[empty] == 228).all() and (drawn[~empty][~mask[~empty]] == 255).all()
     assert axes.get_ylim() == (4, 0)  # row 0 on top
 
 
@@ -103,7 +110,7 @@ def test_mean_curve_takes_the_later_evaluation_of_a_step_and_common_steps_only()
 
 
 def test_the_drop_at_the_switch_is_in_the_curve(run_dirs):
-    curve = figures.read_curve(run_dirs[3] / "history.jsonl")
+    curve = figures.read_run_history(run_dirs[3] / "history.jsonl").accuracy
     assert [accuracy for step, accuracy in curve if step == 150] == pytest.approx([27.5, 12.5])
 
 
@@ -118,18 +125,18 @@ def test_same_bytes_twice_whatever_order_and_hash_seed(run_dirs, tmp_path):
             check=True,
             env=os.environ | {"PYTHONHASHSEED": hash_seed},
         )
-        assert sorted(p.name for p in output_dir.iterdir()) == ["accuracy.svg", "pattern.svg"]
+        assert sorted(p.name for p in output_dir.iterdir()) == FILES
         outputs.append({p.name: p.read_bytes() for p in output_dir.iterdir()})
     assert outputs[0] == outputs[1]
-    assert not any(b"<dc:date>" in svg for svg in outputs[0].values())
+    assert not any(b"<dc:date>" in content for content in outputs[0].values())
+    assert all(c.startswith(b"\x89PNG") for n, c in outputs[0].items() if n.endswith(".png"))
 
 
 def test_names_are_shown_as_they_are(tmp_path):
     name = "a_task $x_1$ & <b>"
     config = make_config(tasks=[name], attentions=["sat"], seeds=[1])
     run_dir = write_run(tmp_path, make_metrics(name, "sat", 1))
-    drawn = figures.draw_figures(figures.read_runs([run_dir], name, config), config)
-    assert f"{name}, run demo (generated data)" in texts(drawn["accuracy.svg"])
+    assert f"{name}, run demo (generated data)" in texts(svg_of("accuracy", [run_dir], config))
 
 
 @pytest.mark.parametrize(
@@ -185,3 +192,95 @@ def test_a_user_error_is_one_line_and_leaves_nothing(run_dirs, tmp_path):
     assert str(stop.value).startswith("error: ") and "\n" not in str(stop.value)
     assert "listops/softmax/seed1001: not among the runs" in str(stop.value)
     assert not (tmp_path / "out").exists()
+
+
+def draw_one(name, run_dirs, config=None):
+    config = config or make_config()
+    runs = figures.read_runs(run_dirs, config["tasks"][0], config)
+    with matplotlib.rc_context(figures.STYLE):
+        return figures.DRAWINGS[name](runs, config)
+
+
+def test_statistics_show_every_layer_and_both_thresholds(run_dirs):
+    figure = draw_one("statistics", run_dirs)
+    skewness, distance, change = figure.axes
+    labels = [line.get_label() for line in skewness.lines]
+    assert labels == ["layer 1", "layer 2", "threshold"]  # the first sat run never switched
+    assert skewness.lines[2].get_ydata()[0] == 1.7 and change.lines[-1].get_ydata()[0] == 1.3
+    assert len(distance.lines) == 2 and change.get_yscale() == "log"
+    assert skewness.get_ylabel() == "sat, seed 1001"
+
+
+def test_statistics_of_thousands_of_steps_are_medians(tmp_path):
+    config = make_config(attentions=["sat"], seeds=[1])
+    metrics = make_metrics(attention="sat", seed=1, switch=(4000, "rule"))
+    run_dir = write_run(tmp_path, metrics, num_steps=6000)
+    figure = draw_one("statistics", [run_dir], config)
+    steps, values = figure.axes[0].lines[0].get_data()
+    assert len(steps) == figures.MOST_POINTS and steps[-1] > 3900
+    np.testing.assert_allclose(values, 1 + np.array(steps) / 6000)
+    assert len(figures.to_svg(figure)) < 120_000
+
+
+def test_time_counts_training_alone(run_dirs):
+    figure = draw_one("time", run_dirs[3:], make_config())
+    seconds = figure.axes[0].lines[0].get_xdata()
+    # 50 to 150 dense at 80 ms a recorded step, then sparse at 20 ms; the history has every 50th step.
+    np.testing.assert_allclose(seconds, [0.08, 0.16, 0.24, 0.24, 0.26, 0.28, 0.30])
+
+
+def test_pattern_stands_beside_the_map_it_was_chosen_from(run_dirs):
+    figure = draw_one("pattern", run_dirs)
+    titles = [axes.get_title() for sub in figure.subfigs for axes in sub.axes]
+    assert titles[0] == "layer 1: map" and titles[1].startswith("layer 1: density")
+    assert [len(axes.images) for sub in figure.subfigs for axes in sub.axes] == [1, 1, 1, 1]
+
+
+def test_a_run_sparse_from_the_start_has_a_pattern_and_no_map(tmp_path):
+    config = make_config(attentions=["local"], seeds=[1])
+    metrics = make_metrics(attention="local", seed=1, switch=(0, "start"))
+    metrics["phases"]["dense"] = None
+    run_dir = write_run(tmp_path, metrics, pooled=False)
+    assert "No run gathered statistics" in " ".join(texts(svg_of("statistics", [run_dir], config)))
+    assert not any("switch" in text for text in texts(svg_of("accuracy", [run_dir], config)))
+    (sub,) = draw_one("pattern", [run_dir], config).subfigs
+    assert [axes.get_title().split(":")[0] for axes in sub.axes] == ["layer 1", "layer 2"]
+
+
+def test_mass_is_the_mean_over_seeds(tmp_path):
+    config = make_config(attentions=["sat"], seeds=[1, 2])
+    dirs = []
+    for seed, mass in ((1, 0.1), (2, 0.3)):
+        metrics = make_metrics(attention="sat", seed=seed, switch=(150, "rule"))
+        metrics["pattern"] |= {
+            "mass": [mass, 0.5],
+            "best_mass": [0.6] * 2,
+            "random_mass": [0.1] * 2,
+        }
+        dirs.append(write_run(tmp_path, metrics))
+    axes = draw_one("mass", dirs, config).axes[0]
+    heights = [[bar.get_height() for bar in container] for container in axes.containers]
+    np.testing.assert_allclose(heights, [[60, 60], [20, 50], [10, 10]])
+
+
+def test_the_whole_run_set_has_its_figures(run_dirs, tmp_path):
+    benchmark = tmp_path / "demo/benchmarks/preprocess/listops.tsv"
+    benchmark.parent.mkdir(parents=True)
+    benchmark.write_text("s\th:m:s\tmax_rss\tcpu_time\n12.5\t0:00:12\t300.0\t20.0\n")
+    arguments = ["--config", json.dumps(make_config()), "--runs-dir", str(tmp_path / "demo/runs")]
+    arguments += ["--benchmarks", str(tmp_path / "demo/benchmarks")]
+    for folder in ("one", "two"):
+        summary_figures.main([*arguments, "--output-dir", str(tmp_path / folder)])
+    files = {p.name: p.read_bytes() for p in (tmp_path / "one").iterdir()}
+    assert files == {p.name: p.read_bytes() for p in (tmp_path / "two").iterdir()}
+    names = ("summary", "speed", "memory", "preparation")
+    assert set(files) == {f"{name}.{form}" for name in names for form in ("svg", "png")}
+    assert "listops (generated data)" in texts(files["summary.svg"])
+    assert "preprocess listops" in texts(files["preparation.svg"])
+    assert {"dense", "sparse"} <= set(texts(files["memory.svg"]))
+
+
+def test_a_run_set_without_a_finished_run_still_has_figures(tmp_path):
+    files = summary_figures.draw_figures(make_config(), {}, tmp_path)
+    assert "No run is finished." in texts(files["summary.svg"])
+    assert "No step was measured by Snakemake." in texts(files["preparation.svg"])

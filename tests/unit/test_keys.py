@@ -94,6 +94,9 @@ SHOWN_ELSEWHERE = {
     ("dataset", "brackets"): "test_preprocess.py::test_lossy_form_of_listops_is_labelled",
     ("dataset", "level"): "test_training.py::test_option_labels",
     ("dataset", "image_size"): "test_preprocess.py::test_pathfinder_image_size_must_fit_max_length",
+    ("dataset", "files"): "test_preprocess_own.py::test_every_kind_of_file",
+    ("dataset", "text_column"): "test_preprocess_own.py::test_a_wrong_setting_is_named",
+    ("dataset", "label_column"): "test_preprocess_own.py::test_a_wrong_setting_is_named",
     ("model", "memory_limit_gb"): "test_memory.py::test_a_limit_is_kept_by_smaller_parts",
     ("model", "num_classes"): "test_training.py::test_model_and_data_must_fit",
     (
@@ -240,7 +243,8 @@ def test_the_test_that_shows_the_effect_is_there(block, key):
     name, function = SHOWN_ELSEWHERE[block, key].split("::")
     tree = ast.parse((Path(__file__).parent / name).read_text())
     assert function in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    if block == "dataset":  # and its value reaches the preprocessing
+    own = ("files", "text_column", "label_column")  # test_config.py::test_a_task_of_one_s_own
+    if block == "dataset" and key not in own:  # and its value reaches the preprocessing
         task = {"dev_split": "text", "brackets": "listops", "max_length": "text"}
         value = {"dev_split": "lra", "brackets": False, "level": "curv_baseline"}
         task, value = task.get(key, "pathfinder"), value.get(key, 12)

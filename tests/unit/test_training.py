@@ -88,7 +88,11 @@ def test_a_run_goes_sparse_and_is_scored(folder, tmp_path, task):
     assert {line["learning_rate"] for line in trains[12:]} == {1.5e-3}
 
     masks = safetensors.torch.load_file(str(tmp_path / "pattern.safetensors"))
-    assert sorted(masks) == ["layer_0", "layer_1"]
+    assert sorted(masks) == ["layer_0", "layer_1", "pooled_layer_0", "pooled_layer_1"]
+    for layer, mass in enumerate(metrics["pattern"]["mass"]):
+        pooled = masks[f"pooled_layer_{layer}"]
+        held = (pooled * masks[f"layer_{layer}"]).sum() / pooled.sum()
+        assert float(held) == pytest.approx(mass, rel=1e-4)
     assert json.loads((tmp_path / "config.json").read_text()) == settings_of(task)
     assert not list(tmp_path.glob("*.partial"))
     assert list((tmp_path / "tensorboard").glob("events.*"))

@@ -20,8 +20,29 @@ FILES = {
         "model.safetensors",
         "pattern.safetensors",
     ],
+    "compare.py": [
+        f"{name}.{form}"
+        for name in ("published", "ablation", "cost", "preparation")
+        for form in ("csv", "md", "tex")
+    ],
     "collect.py": ["table.csv", "table.md", "table.tex"],
-    "figures.py": ["accuracy.svg", "pattern.svg"],
+    "figures.py": [
+        f"{name}.{form}"
+        for name in ("accuracy", "loss", "time", "statistics", "pattern", "mass")
+        for form in ("svg", "png")
+    ],
+    "model_card.py": [
+        "README.md",
+        "config.json",
+        "metrics.json",
+        "model.safetensors",
+        "pattern.safetensors",
+    ],
+    "summary_figures.py": [
+        f"{name}.{form}"
+        for name in ("summary", "speed", "memory", "preparation")
+        for form in ("svg", "png")
+    ],
 }
 
 
@@ -40,6 +61,8 @@ def main(arguments: list[str]) -> None:
     elif step.startswith("llama_"):
         flags = ("--record", "--bench", "--summary")
         outputs = [Path(options[flag]) for flag in flags if flag in options]
+    elif "--output" in options:
+        outputs = [Path(options["--output"])]
     else:
         outputs = [Path(options["--output-dir"], name) for name in FILES[step]]
     for output in outputs:

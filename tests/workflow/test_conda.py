@@ -17,7 +17,11 @@ ENVIRONMENT_OF_STEP = {
     "build_kernels.py": "torch",
     "sat": "torch",
     "collect.py": "report",
+    "compare.py": "report",
     "figures.py": "report",
+    "summary_figures.py": "report",
+    "report.py": "report",
+    "model_card.py": "report",
 }
 FILES = sorted((stub_project.ROOT / "envs").glob("*.yaml"))
 

@@ -12,8 +12,13 @@ TRAININGS = {
     for attention in ("softmax", "sat")
 }
 LISTOPS_TRAININGS = {name for name in TRAININGS if " listops " in name}
-RESULTS = {"collect", "draw_figures listops", "draw_figures image"}
-LISTOPS_RESULTS = {"collect", "draw_figures listops"}
+SUMMARIES = {"collect", "compare", "draw_summary", "write_report"}
+LISTOPS_RESULTS = SUMMARIES | {
+    "draw_figures listops",
+    "export_model listops softmax",
+    "export_model listops sat",
+}
+RESULTS = LISTOPS_RESULTS | {name.replace("listops", "image") for name in LISTOPS_RESULTS}
 PREPROCESSING = {"prepare_cifar10", "preprocess listops", "preprocess image"}
 DOWNLOADS = {"download lra_release.gz", "download cifar-10-binary.tar.gz"}
 EVERYTHING = DOWNLOADS | {"extract"} | PREPROCESSING | {"compile_kernels"} | TRAININGS | RESULTS
@@ -113,12 +118,14 @@ def test_an_edit_of_ones_own_attention_trains_it_again(finished):
     finished.append("own.py", "class Attention: pass\n")
     finished.append("config/attentions/own.yaml", 'model: {attention: "own:Attention"}\n')
     finished.configure(attentions=["softmax", "sat", "own"])
-    trainings = {"train listops own 1001", "train image own 1001"}
-    assert finished.planned("all") == trainings | RESULTS
+    own = {f"{job} own" for job in ("export_model listops", "export_model image")}
+    own |= {"train listops own 1001", "train image own 1001"}
+    own |= {job for job in RESULTS if not job.startswith("export_model")}
+    assert finished.planned("all") == own
     finished.run("all")
     assert finished.planned("all") == set()
     finished.append("own.py")
-    assert finished.planned("all") == trainings | RESULTS
+    assert finished.planned("all") == own
 
 
 def test_switching_to_conda_reruns_nothing(finished, conda):
@@ -130,15 +137,17 @@ def test_deleted_table_is_made_from_what_is_there(finished):
     table_deleted(finished)
     for name in ("tf", "torch"):
         shutil.rmtree(finished.root / ".venvs" / name)
-    assert finished.planned("table") == {"collect"}
+    shutil.rmtree(finished.root / "results/tiny/tables")
+    assert finished.planned("table") == {"collect", "compare"}
     calls = len(finished.calls())
     printed = finished.run("table")
-    assert [call["step"] for call in finished.calls()[calls:]] == ["collect.py"]
+    steps = sorted(call["step"] for call in finished.calls()[calls:])
+    assert steps == ["collect.py", "compare.py"]
     assert {path.name for path in (finished.root / ".venvs").iterdir() if path.is_dir()} == {
         "report"
     }
     assert "Making the environment" not in printed
-    assert "Table: results/tiny/table.{csv,md,tex}" in printed
+    assert "Table: results/tiny/table.{csv,md,tex}, tables/" in printed
 
 
 def test_a_rerun_leaves_nothing_to_do(finished):

@@ -36,7 +36,7 @@ def test_data_and_results_lie_in_the_bucket_and_archives_stay_here(fresh, bucket
     keys = {item.key.removeprefix("mine/") for item in bucket.objects.all()}
     assert {"data/tiny/listops/train.arrow", "results/tiny/table.csv"} <= keys
     assert "results/tiny/runs/image/sat/seed1001/metrics.json" in keys
-    assert not [key for key in keys if "archives" in key.removeprefix("results/") or "raw" in key]
+    assert not [key for key in keys if "archives" in key.removeprefix("results/") or "/raw/" in key]
     assert (fresh.root / "data/tiny/archives/lra_release.gz").is_file()
     assert not (fresh.root / "results/tiny/table.csv").exists()
 

@@ -27,10 +27,13 @@ ENVIRONMENTS_OF_RULE = {
     "compile": ["torch"],
     "train": ["torch"],
     "collect": ["report"],
+    "compare": ["report"],
     "draw": ["report"],
     "get": [],
     "build": ["llama"],
     "run": ["llama"],
+    "export": ["report"],
+    "write": ["report"],
 }
 
 
@@ -50,14 +53,24 @@ def figures_of(*tasks):
     return {f"draw_figures {task}" for task in tasks}
 
 
+def models_of(*tasks):
+    return {f"export_model {t} {a}" for t in tasks for a in ATTENTIONS}
+
+
+TABLES = {"collect", "compare"}
+SUMMARIES = TABLES | {"draw_summary", "write_report"}
+
+
 # None: no target is named.
 TARGETS = {
-    None: runs_of(*TASKS) | figures_of(*TASKS) | {"collect"},
+    None: runs_of(*TASKS) | figures_of(*TASKS) | SUMMARIES | models_of(*TASKS),
+    "models": runs_of(*TASKS) | models_of(*TASKS),
     "data": data_of(*TASKS),
     "kernels": {"compile_kernels"},
-    "table": runs_of(*TASKS) | {"collect"},
-    "figures": runs_of(*TASKS) | figures_of(*TASKS),
     "llama": {"get_llama", "build_llama", "run_llama"},
+    "table": runs_of(*TASKS) | TABLES,
+    "figures": runs_of(*TASKS) | figures_of(*TASKS) | {"draw_summary"},
+    "report": runs_of(*TASKS) | figures_of(*TASKS) | SUMMARIES,
     "cifar10": runs_of("image") | figures_of("image"),
 } | {task: runs_of(task) | figures_of(task) for task in TASKS}
 
@@ -90,10 +103,12 @@ def test_jobs_name_their_environments(plans):
 def test_demo_stays_in_its_folders(fresh):
     jobs = fresh.jobs("all", configfile="config/demo.yaml")
     assert {job.name for job in jobs} == (
-        {"demo_archives", "extract", "compile_kernels", "collect"}
+        {"demo_archives", "extract", "compile_kernels"}
+        | SUMMARIES
         | {f"preprocess {task}" for task in TASKS}
         | trainings_of(*TASKS, seeds=[1001])
         | figures_of(*TASKS)
+        | models_of(*TASKS)
     )
     for job in jobs:
         for path in job.writes:

@@ -35,7 +35,7 @@ rule report_attention:
     input:
         env=local("envs/report.yaml"),
         script=local("workflow/scripts/benchmark_report.py"),
-        shared=local(["workflow/scripts/collect.py", "workflow/scripts/figures.py"]),
+        shared=local([f"workflow/scripts/{name}.py" for name in ("collect", "figures", "tables")]),
         json=rules.measure_attention.output.json,
     output:
         csv=f"{BENCHMARK}/attention.csv",

@@ -35,6 +35,12 @@ TSV_FILES = {
         for name in ("train", "val", "test")
     },
 }
+# A user's own tasks: the files that their settings name.
+OWN_FILES = {
+    task: local(sorted(path for path in files.values() if path))
+    for task in TASKS
+    if (files := settings.resolve_dataset(config, task)["options"].get("files"))
+}
 # Modules that the data scripts share; those that generate are the demo's alone.
 MODULES = local(sorted(str(path) for path in Path("workflow/scripts/lra").glob("*.py")))
 READING = [path for path in MODULES if not Path(path).name.startswith("generate_")]
@@ -75,8 +81,31 @@ RUN_FILES = [
     "pattern.safetensors",
 ]
 RUN_FOLDER = f"{RESULTS}/runs/{{task}}/{{attention}}/seed{{seed}}"
+MODEL_FOLDER = f"{RESULTS}/models/{{task}}/{{attention}}"
+MODEL_FILES = [
+    "README.md",
+    "config.json",
+    "metrics.json",
+    "model.safetensors",
+    "pattern.safetensors",
+]
+TABLES = f"{RESULTS}/tables"
 ORDER = json.dumps({key: config[key] for key in ("run", "tasks", "attentions", "seeds")})
-FIGURES = ["accuracy.svg", "pattern.svg"]
+# Figures of a task and of the whole run set, with their names in the report of Snakemake.
+FIGURES = {
+    "accuracy": "accuracy over steps",
+    "loss": "loss over steps",
+    "time": "accuracy over time",
+    "statistics": "statistics of the switch",
+    "pattern": "map and pattern",
+    "mass": "share of attention held",
+}
+SUMMARIES = {
+    "summary": "test accuracy",
+    "speed": "time of a step",
+    "memory": "peak memory",
+    "preparation": "cost of preparation",
+}
 
 
 # Which Python runs a job. With --use-conda Snakemake makes and activates the environment; without it, .venvs/<name> is
@@ -102,6 +131,11 @@ def in_root(wildcards, input):
 def parent_of(name):
     """A params function: the folder of the output `name`, for programs that are told where to write."""
     return lambda wildcards, output: str(Path(getattr(output, name)).parent)
+
+
+def first_folder(wildcards, output):
+    """The folder of the first output."""
+    return str(Path(output[0]).parent)
 
 
 def make_environments():
@@ -139,6 +173,16 @@ def metrics_of(task):
     )
 
 
+def runs_folder(wildcards, input):
+    """The folder above those of the runs; not recorded."""
+    return shlex.quote(str(Path(input.metrics[0]).parents[3]))
+
+
+def results_folder(wildcards, input):
+    """The folder above that; not recorded."""
+    return shlex.quote(str(Path(input.metrics[0]).parents[4]))
+
+
 @functools.cache
 def settings_of_any_seed(task, attention):
     return settings.resolve(config, task, attention, config["seeds"][0])
@@ -157,24 +201,32 @@ def own_attention(wildcards):
 
 
 def settings_of_runs():
-    """Digest of every training's settings: a run that was trained with others by hand gets no row."""
+    """Digest of every training's settings: a run that was trained with others by hand gets no row.
+
+    Its first digits, so that a command for 1,000 trainings is not too long for a shell.
+    """
     return {
-        f"{task}/{attention}/seed{seed}": settings.digest(settings_of(task, attention, seed))
+        f"{task}/{attention}/seed{seed}": settings.digest(settings_of(task, attention, seed))[:16]
         for task in TASKS
         for attention in config["attentions"]
         for seed in config["seeds"]
     }
 
 
-def runs_of(task):
+def runs_of(task, attentions=config["attentions"]):
     return expand(
         f"{RUN_FOLDER}/{{file}}",
         task=task,
-        attention=config["attentions"],
+        attention=attentions,
         seed=config["seeds"],
         file=RUN_FILES,
     )
 
 
 def figures_of(task):
-    return expand(f"{RESULTS}/figures/{{task}}/{{figure}}", task=task, figure=FIGURES)
+    names = [f"{name}.{form}" for form in ("svg", "png") for name in FIGURES]
+    return expand(f"{RESULTS}/figures/{{task}}/{{name}}", task=task, name=names)
+
+
+METRICS = [path for task in TASKS for path in metrics_of(task)]
+SETTINGS = [str(Path(path).parent / "config.json") for path in METRICS]

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import matplotlib
 import pandas as pd
-from collect import write_all
 from figures import COLOURS, STYLE
 from matplotlib.figure import Figure
+from tables import write_all
 
 KEY = ["batch", "length"]
 CALL = ["implementation", "pass", *KEY, "block_size", "density"]

@@ -5,16 +5,18 @@
                    "seeds": [1001, 1002]}' \\
         results/demo/runs/*/*/*/metrics.json
 
-One row a (task, attention) over all seeds. The csv holds the bare numbers, units in the column
-names; the Markdown and LaTeX tables hold the same, rounded and explained. Two runs of the same
-configuration on the same machine give the same csv byte for byte, except for its last columns,
-VOLATILE_COLUMNS: they hold times and memory.
+One row a (task, attention) over all seeds. With --allow-missing the table is made of what is there,
+and a run that failed says so (its trainer leaves failed.json). Without metrics.json arguments the
+runs are looked for below --runs-dir.
+
+The csv holds the bare numbers, units in the column names; the Markdown and LaTeX tables hold the
+same, rounded and explained. Two runs of the same configuration on the same machine give the same csv
+byte for byte, except for its last columns, VOLATILE_COLUMNS: they hold times and memory.
 """
 
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
 from collections import Counter
@@ -22,7 +24,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import tables
+from tables import interval_95, number, write_all
 
 SCHEMA_VERSION = 1
 LRA_TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
@@ -35,9 +38,12 @@ STABLE_COLUMNS = {
     "data": "",
     "options": "",
     "status": "",
+    "failures": "",
     "num_seeds": "d",
     "test_accuracy_mean_percent": ".4f",
     "test_accuracy_sd_percent": ".4f",
+    "test_accuracy_95_low_percent": ".4f",
+    "test_accuracy_95_high_percent": ".4f",
     "chance_percent": ".4f",
     "baseline_percent": ".4f",
     "above_chance": "",
@@ -48,6 +54,8 @@ STABLE_COLUMNS = {
     "transition_made_by": "",
     "density_mean": ".6f",
     "num_parameters": "d",
+    "num_steps_mean": ".1f",
+    "batch_size": "d",
     "device": "",
 }
 VOLATILE_COLUMNS = {
@@ -70,11 +78,14 @@ SHARE = ("a number from 0 to 1", lambda v: type(v) in (int, float) and 0 <= v <=
 TIME = ("a finite number above 0", lambda v: type(v) in (int, float) and 0 < v < math.inf)
 
 
+REASONS = ("rule", "limit", "start")  # start: sparse from the first step, with no dense phase
+
+
 def one_of(*values: Any) -> tuple[str, Callable[[Any], bool]]:
     return (f"one of {', '.join(json.dumps(v) for v in values)}", lambda v: v in values)
 
 
-PHASE = {"steps": COUNT, "ms_per_step": TIME, "seconds": TIME, "peak_memory_bytes": COUNT}
+PHASE = {"steps": COUNT, "ms_per_step?": TIME, "seconds": TIME, "peak_memory_bytes": COUNT}
 METRICS = {
     "schema_version": (
         f"{SCHEMA_VERSION} (a run of another version must be trained again)",
@@ -84,7 +95,7 @@ METRICS = {
     "task": TEXT,
     "attention": TEXT,
     "seed": INTEGER,
-    "data": one_of("released", "generated"),
+    "data": one_of("released", "generated", "own"),
     "test": {
         "accuracy": SHARE,
         "loss": NUMBER,
@@ -94,7 +105,7 @@ METRICS = {
     },
     "dev": {"accuracy": SHARE, "loss": NUMBER, "examples": COUNT, "step": COUNT, "phase": TEXT},
     "transition_rule": TEXT,
-    "transition": {"step?": COUNT, "reason?": one_of("rule", "limit", "start")},
+    "transition": {"step?": COUNT, "reason?": one_of(*REASONS)},
     "pattern?": {
         "block_size": COUNT,
         "num_blocks": COUNT,
@@ -110,6 +121,13 @@ METRICS = {
     "config_sha256": TEXT,
     "data_sha256": TEXT,
     "options": [TEXT],
+}
+FAILURE = {
+    "task": TEXT,
+    "attention": TEXT,
+    "seed": INTEGER,
+    "kind": one_of("out of memory", "loss not finite", "failed"),
+    "message": TEXT,
 }
 CONFIG = {"run": TEXT, "tasks": [TEXT], "attentions": [TEXT], "seeds": [INTEGER]}
 
@@ -172,6 +190,41 @@ def read_metrics(path: Path) -> dict[str, Any]:
     return metrics
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that a run was trained with (config.json of its folder)."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    check(settings, {"task": TEXT, "attention": TEXT, "seed": INTEGER}, str(path))
+    return settings
+
+
+def read_failures(config: dict[str, Any], runs_dir: Path) -> dict[str, dict[str, Any]]:
+    """What failed.json says, by "<task>/<attention>/seed<seed>", of runs that have one and no metrics.json."""
+    failures = {}
+    for name in expected_runs(config):
+        path = runs_dir / name / "failed.json"
+        if not path.is_file() or (path.parent / "metrics.json").is_file():
+            continue
+        try:
+            failures[name] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON: {error}") from error
+        check(failures[name], FAILURE, str(path))
+    return failures
+
+
+def expected_runs(config: dict[str, Any]) -> dict[str, str]:
+    """ "<task>/<attention>/seed<seed>" -> task of every run of the configuration."""
+    return {
+        f"{task}/{attention}/seed{seed}": task
+        for task in config["tasks"]
+        for attention in config["attentions"]
+        for seed in config["seeds"]
+    }
+
+
 def run_name(metrics: dict[str, Any]) -> str:
     return f"{metrics['task']}/{metrics['attention']}/seed{metrics['seed']}"
 
@@ -190,12 +243,7 @@ def read_runs(
     """
     runs: dict[str, dict[str, Any]] = {}
     origin: dict[str, Path] = {}
-    expected = {
-        f"{task}/{attention}/seed{seed}": task
-        for task in config["tasks"]
-        for attention in config["attentions"]
-        for seed in config["seeds"]
-    }
+    expected = expected_runs(config)
     for path in sorted(path for path in paths if path.exists()):
         metrics = read_metrics(path)
         name = run_name(metrics)
@@ -204,7 +252,7 @@ def read_runs(
                 f"{path}: run {metrics['run']!r}, {name}: not among the runs of --config"
             )
         digest = config.get("digests", {}).get(name)
-        if digest is not None and metrics["config_sha256"] != digest:
+        if digest is not None and not metrics["config_sha256"].startswith(digest):
             raise ValueError(
                 f"{path}: trained with other settings than those of the configuration (by hand, "
                 f"perhaps): train again with {retrain_command(config, metrics['task'])} and "
@@ -212,6 +260,8 @@ def read_runs(
             )
         if name in runs:
             raise ValueError(f"{path}: {name} is already given by {origin[name]}")
+        settings = path.parent / "config.json"
+        metrics["settings"] = read_settings(settings) if settings.is_file() else None
         runs[name], origin[name] = metrics, path
 
     missing = [name for name in expected if name not in runs]
@@ -254,7 +304,7 @@ def describe_switches(runs: list[dict[str, Any]]) -> str:
     counts = Counter(run["transition"]["reason"] or "never" for run in runs)
     if len(counts) == 1:
         return next(iter(counts))
-    return ", ".join(f"{r} {counts[r]}" for r in ("rule", "limit", "start", "never") if r in counts)
+    return ", ".join(f"{r} {counts[r]}" for r in (*REASONS, "never") if r in counts)
 
 
 def above_chance(runs: list[dict[str, Any]]) -> str:
@@ -277,14 +327,12 @@ def summarise(runs: list[dict[str, Any]], num_expected: int) -> dict[str, Any]:
     if not runs:
         return {"status": "no finished run", "num_seeds": 0}
     complete = len(runs) == num_expected
+    low, high = interval_95([100 * run["test"]["accuracy"] for run in runs]) or (None, None)
     accuracies = [100 * run["test"]["accuracy"] for run in runs]
     steps = [run["transition"]["step"] for run in runs]
     switched = [run for run in runs if run["transition"]["step"] is not None]
-    dense, sparse = (
-        [run["phases"][phase] for run in runs if run["phases"][phase] is not None]
-        for phase in ("dense", "sparse")
-    )
-    pairs = [run["phases"] for run in runs if all(run["phases"].values())]
+    dense = [run["phases"]["dense"] for run in runs if run["phases"]["dense"] is not None]
+    sparse = [run["phases"]["sparse"] for run in runs if run["phases"]["sparse"] is not None]
     row = {
         "data": runs[0]["data"],
         "options": ", ".join(runs[0]["options"]),
@@ -292,6 +340,8 @@ def summarise(runs: list[dict[str, Any]], num_expected: int) -> dict[str, Any]:
         "num_seeds": len(runs),
         "test_accuracy_mean_percent": statistics.fmean(accuracies),
         "test_accuracy_sd_percent": statistics.stdev(accuracies) if len(runs) > 1 else None,
+        "test_accuracy_95_low_percent": low,
+        "test_accuracy_95_high_percent": high,
         "chance_percent": 100 * runs[0]["test"]["chance"],
         "baseline_percent": None
         if runs[0]["test"]["baseline"] is None
@@ -300,30 +350,51 @@ def summarise(runs: list[dict[str, Any]], num_expected: int) -> dict[str, Any]:
         "dev_accuracy_mean_percent": statistics.fmean(100 * r["dev"]["accuracy"] for r in runs),
         "test_loss_mean": statistics.fmean(run["test"]["loss"] for run in runs),
         "num_parameters": runs[0]["num_parameters"],
+        "num_steps_mean": statistics.fmean(run["num_steps"] for run in runs),
+        "batch_size": (runs[0].get("settings") or {}).get("training", {}).get("batch_size"),
         "device": "; ".join(sorted({describe_device(run["device"]) for run in runs})),
         "training_seconds_mean": statistics.fmean(run["training_seconds"] for run in runs),
     }
-    if dense:
-        row["dense_ms_per_step_median"] = statistics.median(p["ms_per_step"] for p in dense)
-        row["dense_peak_memory_max_mib"] = max(p["peak_memory_bytes"] for p in dense) / MIB
     if runs[0]["transition_rule"] != "never":
         row["transition_steps"] = " ".join("never" if s is None else str(s) for s in steps)
         row["transition_made_by"] = describe_switches(runs)
     if switched:
         row["transition_step_mean"] = statistics.fmean(s for s in steps if s is not None)
         row["density_mean"] = statistics.fmean(d for r in switched for d in r["pattern"]["density"])
-    if sparse:
-        row["sparse_ms_per_step_median"] = statistics.median(p["ms_per_step"] for p in sparse)
-        row["sparse_peak_memory_max_mib"] = max(p["peak_memory_bytes"] for p in sparse) / MIB
-    if pairs:
-        row["speed_up_median"] = statistics.median(
-            pair["dense"]["ms_per_step"] / pair["sparse"]["ms_per_step"] for pair in pairs
-        )
+    for name, phases in (("dense", dense), ("sparse", sparse)):
+        if not phases:
+            continue
+        times = [p["ms_per_step"] for p in phases if p["ms_per_step"] is not None]
+        row[f"{name}_ms_per_step_median"] = statistics.median(times) if times else None
+        row[f"{name}_peak_memory_max_mib"] = max(p["peak_memory_bytes"] for p in phases) / MIB
+    if ratios := [ratio for run in runs if (ratio := speed_up(run)) is not None]:
+        row["speed_up_median"] = statistics.median(ratios)
     return row
 
 
-def build_table(runs: dict[str, dict[str, Any]], config: dict[str, Any]) -> list[dict[str, Any]]:
+def speed_up(run: dict[str, Any]) -> float | None:
+    """Dense over sparse time a step of a run that had both."""
+    dense, sparse = (
+        phase and phase["ms_per_step"] for phase in (run["phases"][p] for p in ("dense", "sparse"))
+    )
+    return dense / sparse if dense and sparse else None
+
+
+def describe_failures(failures: list[dict[str, Any]]) -> str:
+    """ "seed 1003: out of memory at step 120; ..." """
+    return "; ".join(
+        f"seed {f['seed']}: {f['kind']}" + (f" at step {f['step']}" if f.get("step") else "")
+        for f in failures
+    )
+
+
+def build_table(
+    runs: dict[str, dict[str, Any]],
+    config: dict[str, Any],
+    failures: dict[str, dict[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
     """The rows in their fixed order, every csv column present (None: no value)."""
+    failures = failures or {}
     rows = []
     for task in ordered_tasks(config["tasks"]):
         for attention in config["attentions"]:
@@ -332,24 +403,20 @@ def build_table(runs: dict[str, dict[str, Any]], config: dict[str, Any]) -> list
             require_equal(found, "num_parameters", config)
             row = summarise(found, len(config["seeds"]))
             row |= {"task": task, "attention": attention}
+            failed = [failures[name] for name in names if name in failures]
+            row["failures"] = describe_failures(failed) or None
+            if failed and not found:
+                row["status"] = "/".join(sorted({f["kind"] for f in failed}))
             rows.append({column: row.get(column) for column in COLUMNS})
     return rows
 
 
 def to_csv(rows: list[dict[str, Any]]) -> str:
     """Numbers in the fixed formats of COLUMNS, so that equal results are equal bytes."""
-    cells = [
-        {c: "" if row[c] is None else format(row[c], spec) for c, spec in COLUMNS.items()}
-        for row in rows
-    ]
-    return pd.DataFrame(cells, columns=list(COLUMNS)).to_csv(index=False, lineterminator="\n")
+    return tables.to_csv(rows, COLUMNS)
 
 
 # The tables for people: heading -> (alignment, text of a row).
-
-
-def number(value: float | None, spec: str) -> str:
-    return "–" if value is None else format(value, spec)
 
 
 def accuracy_text(row: dict[str, Any]) -> str:
@@ -357,6 +424,11 @@ def accuracy_text(row: dict[str, Any]) -> str:
         return row["status"]
     sd = row["test_accuracy_sd_percent"]
     return number(row["test_accuracy_mean_percent"], ".2f") + ("" if sd is None else f" ± {sd:.2f}")
+
+
+def interval_text(row: dict[str, Any]) -> str:
+    low, high = row["test_accuracy_95_low_percent"], row["test_accuracy_95_high_percent"]
+    return "–" if low is None else f"{low:.2f} to {high:.2f}"
 
 
 def chance_text(row: dict[str, Any]) -> str:
@@ -384,9 +456,10 @@ def pair_text(row: dict[str, Any], dense: str, sparse: str) -> str:
 
 
 def seeds_text(row: dict[str, Any]) -> str:
-    """ "3", or "2 of 3" when runs are missing."""
+    """ "3", or "2 of 3 (seed 1003: out of memory)" when runs are missing."""
     some_missing = row["status"].endswith(" seeds")
-    return row["status"].removesuffix(" seeds") if some_missing else str(row["num_seeds"])
+    text = row["status"].removesuffix(" seeds") if some_missing else str(row["num_seeds"])
+    return f"{text} ({row['failures']})" if row["failures"] else text
 
 
 DISPLAY: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
@@ -395,6 +468,7 @@ DISPLAY: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "data": ("l", lambda r: r["data"] or "–"),
     "seeds": ("r", seeds_text),
     "test accuracy (%)": ("r", accuracy_text),
+    "95 % interval": ("r", interval_text),
     "chance (%)": ("r", chance_text),
     "best dev (%)": ("r", lambda r: number(r["dev_accuracy_mean_percent"], ".2f")),
     "test loss": ("r", lambda r: number(r["test_loss_mean"], ".3f")),
@@ -411,11 +485,16 @@ DISPLAY: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
         lambda r: pair_text(r, "dense_peak_memory_max_mib", "sparse_peak_memory_max_mib"),
     ),
     "parameters": ("r", lambda r: number(r["num_parameters"], ",d")),
+    "steps × batch": (
+        "r",
+        lambda r: f"{number(r['num_steps_mean'], ',.0f')} × {number(r['batch_size'], 'd')}",
+    ),
     "training (s)": ("r", lambda r: number(r["training_seconds_mean"], ".1f")),
 }
 NOTES = (
     "Test accuracy: mean ± standard deviation over the seeds (n − 1; none for one seed), every "
-    "test example counted once. Bold: the best of a task, where at least two attentions finished and "
+    "test example counted once. 95 % interval: of that mean, by Student's t, from three seeds on. "
+    "Bold: the best of a task, where at least two attentions finished and "
     "it is above chance.",
     "Chance: the share of the most frequent class in the test split; root operator: the accuracy of "
     "the most frequent answer to a ListOps row's first operator, which needs no tree; not exceeded: "
@@ -430,12 +509,9 @@ NOTES = (
     "of the seeds. Speed-up: dense over sparse time a step of the same run, a whole training step "
     "and not attention alone; the dense phase of a run that may switch also gathers what the "
     "switch needs.",
+    "Steps × batch: optimiser steps (mean over the seeds, which may stop early) and sequences in each.",
     "Times and memory vary from run to run; all else is the same for the same seeds and machine.",
 )
-
-
-def display_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
-    return [[text(row) for _, text in DISPLAY.values()] for row in rows]
 
 
 def best_rows(rows: list[dict[str, Any]]) -> set[int]:
@@ -458,7 +534,7 @@ def best_rows(rows: list[dict[str, Any]]) -> set[int]:
 
 def caption(rows: list[dict[str, Any]], run: str) -> list[str]:
     """Sentences that say which run this is, on which data and on what hardware."""
-    kinds = {kind: [] for kind in ("released", "generated")}
+    kinds = {kind: [] for kind in ("released", "generated", "own")}
     for row in rows:
         if row["data"] and row["task"] not in kinds[row["data"]]:
             kinds[row["data"]].append(row["task"])
@@ -476,127 +552,44 @@ def caption(rows: list[dict[str, Any]], run: str) -> list[str]:
         )
     elif kinds["released"]:
         sentences.append("Released data.")
+    if kinds["own"]:
+        sentences.append(f"Data of one's own: {', '.join(kinds['own'])}.")
     devices = sorted({d for row in rows if row["device"] for d in row["device"].split("; ")})
     if devices:
         sentences.append(f"Hardware: {'; '.join(devices)}.")
     return sentences
 
 
-MARKDOWN_ESCAPES = str.maketrans({c: "\\" + c for c in "\\|*_`<"})
-LATEX_ESCAPES = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        "{": r"\{",
-        "}": r"\}",
-        "$": r"\$",
-        "&": r"\&",
-        "#": r"\#",
-        "%": r"\%",
-        "_": r"\_",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        "|": r"\textbar{}",
-        "±": r"$\pm$",
-        "−": "$-$",
-        "–": "--",
-    }
-)
+def display(rows: list[dict[str, Any]], run: str) -> tables.Table:
+    """The table for people, the best of each task in bold."""
+    best = best_rows(rows)
+    return tables.make_table(
+        " ".join(caption(rows, run)),
+        DISPLAY,
+        rows,
+        lambda row, heading: row in best and heading == "test accuracy (%)",
+        NOTES,
+    )
 
 
 def to_markdown(rows: list[dict[str, Any]], run: str) -> str:
-    """A table that reads well as it is and when rendered."""
-    best = best_rows(rows)
-    accuracy = list(DISPLAY).index("test accuracy (%)")
-    lines = [list(DISPLAY)]
-    for i, cells in enumerate(display_rows(rows)):
-        cells = [cell.translate(MARKDOWN_ESCAPES) for cell in cells]
-        if i in best:
-            cells[accuracy] = f"**{cells[accuracy]}**"
-        lines.append(cells)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(DISPLAY))]
-    right = [align == "r" for align, _ in DISPLAY.values()]
-    lines.insert(
-        1,
-        ["-" * (w - 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)],
-    )
-    table = "\n".join(
-        "| "
-        + " | ".join(
-            c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)
-        )
-        + " |"
-        for line in lines
-    )
-    head = " ".join(caption(rows, run)).translate(MARKDOWN_ESCAPES)
-    notes = "\n".join(f"- {note}" for note in NOTES)
-    return f"{head}\n\n{table}\n\n{notes}\n"
+    return tables.to_markdown(display(rows, run))
 
 
 def to_latex(rows: list[dict[str, Any]], run: str) -> str:
-    """A table environment with a booktabs tabular, caption and notes."""
-    best = best_rows(rows)
-    accuracy = list(DISPLAY).index("test accuracy (%)")
-    body = []
-    for i, cells in enumerate(display_rows(rows)):
-        cells = [cell.translate(LATEX_ESCAPES) for cell in cells]
-        if i in best:
-            cells[accuracy] = rf"\textbf{{{cells[accuracy]}}}"
-        body.append(cells)
-    frame = pd.DataFrame(body, columns=[name.translate(LATEX_ESCAPES) for name in DISPLAY])
-    columns = "".join(align for align, _ in DISPLAY.values())
-    tabular = frame.to_latex(index=False, escape=False, column_format=columns).rstrip()
-    head = " ".join(caption(rows, run)).translate(LATEX_ESCAPES)
-    notes = " ".join(NOTES).translate(LATEX_ESCAPES)
-    return (
-        "% needs \\usepackage{booktabs} and \\usepackage{graphicx}\n"
-        "\\begin{table}[htbp]\n"
-        "\\centering\n"
-        f"\\caption{{{head}}}\n"
-        "\\resizebox{\\textwidth}{!}{%\n"
-        f"{tabular}%\n"
-        "}\n\n"
-        f"\\smallskip\n{{\\footnotesize {notes}}}\n"
-        "\\end{table}\n"
-    )
-
-
-def write_all(contents: dict[Path, str]) -> None:
-    """Write every file under a temporary name, then rename them: all or nothing half-written."""
-    parts = {path: path.with_name(path.name + ".part") for path in contents}
-    try:
-        for path, text in contents.items():
-            parts[path].write_text(text, encoding="utf-8", newline="\n")
-        for path, part in parts.items():
-            os.replace(part, path)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+    return tables.LATEX_PACKAGES + tables.to_latex(display(rows, run))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("metrics", nargs="*", type=Path, help="metrics.json files, in any order")
+    add_run_arguments(parser)
     parser.add_argument("--output-dir", type=Path, required=True, help="results/<run>")
-    parser.add_argument(
-        "--config", required=True, help="JSON object with run, tasks, attentions and seeds"
-    )
-    parser.add_argument(
-        "--digests",
-        default="{}",
-        help="JSON object <task>/<attention>/seed<seed> -> sha256 of the settings it must have",
-    )
-    parser.add_argument(
-        "--allow-missing", action="store_true", help="make the table of the runs that exist"
-    )
     args = parser.parse_args(argv)
     try:
-        config = parse_config(args.config) | {"digests": json.loads(args.digests)}
-        runs = read_runs(args.metrics, config, args.output_dir / "runs", args.allow_missing)
-        rows = build_table(runs, config)
+        config, runs, failures = read_arguments(args)
+        rows = build_table(runs, config, failures)
         markdown = to_markdown(rows, config["run"])
         args.output_dir.mkdir(parents=True, exist_ok=True)
         write_all(
@@ -610,6 +603,41 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     print(markdown)
     print(f"written: {args.output_dir}/table.csv, table.md, table.tex")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say which runs are meant; `read_arguments` reads them."""
+    parser.add_argument(
+        "metrics",
+        nargs="*",
+        type=Path,
+        help="metrics.json files, in any order (default: those of --config below --runs-dir)",
+    )
+    parser.add_argument(
+        "--config", required=True, help="JSON object with run, tasks, attentions and seeds"
+    )
+    parser.add_argument("--runs-dir", type=Path, help="default: results/<run>/runs")
+    parser.add_argument(
+        "--digests",
+        default="{}",
+        help="JSON object <task>/<attention>/seed<seed> -> sha256 of the settings it must have, or its start",
+    )
+    parser.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="take the runs that are finished, and say which ones failed",
+    )
+
+
+def read_arguments(
+    args: argparse.Namespace,
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """(configuration, runs by name, failures by name); ValueError as in `read_runs`."""
+    config = parse_config(args.config) | {"digests": json.loads(args.digests)}
+    runs_dir = args.runs_dir or Path("results", config["run"], "runs")
+    paths = args.metrics or [runs_dir / name / "metrics.json" for name in expected_runs(config)]
+    runs = read_runs(paths, config, runs_dir, args.allow_missing)
+    return config, runs, read_failures(config, runs_dir)
 
 
 if __name__ == "__main__":

@@ -99,12 +99,43 @@ def preprocess(task: str, config: dict, run_data: Path, output_dir: Path) -> dic
     """
     options, caps, max_length, source = checked_config(task, config)
     sources = source_records(source, run_data)
-    schema = schema_of(task, max_length)
+    described = {
+        "data": "generated" if any(s["data"] == "generated" for s in sources) else "released",
+        **TASKS[task],
+        "max_length": max_length,
+        "options": options,
+        "sources": sources,
+    }
+    if task == "listops":
+        described["symbols"] = list(SYMBOLS)
+    return write_task(
+        task,
+        schema_of(task, max_length),
+        lambda: open_task(task, source, options, caps, max_length, run_data),
+        caps,
+        described,
+        output_dir,
+    )
+
+
+def write_task(
+    task: str,
+    schema: pa.Schema,
+    open_splits: Callable[[], tuple[Batches, dict[str, Refused]]],
+    caps: dict[str, int | None],
+    described: dict,
+    output_dir: Path,
+) -> dict:
+    """Write the splits that `open_splits` reads, a tenth of train as dev where it has none; returns the manifest.
+
+    described: what the manifest says of the task beside its splits. All files appear at once. ValueError, and nothing
+    written, when a split is empty.
+    """
+    num_classes, input_type = described["num_classes"], described["input_type"]
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(output_dir.parent / f".{output_dir.name}.tmp") as scratch:
         paths = {split: scratch / f"{split}.arrow" for split in SPLITS}
-        batches, refused = open_task(task, source, options, caps, max_length, run_data)
-        num_classes = TASKS[task]["num_classes"]
+        batches, refused = open_splits()
         facts = {}
         for split, rows in batches.items():
             with progress(f"{task} {split}", "rows") as add:
@@ -115,21 +146,17 @@ def preprocess(task: str, config: dict, run_data: Path, output_dir: Path) -> dic
             for split, keep in (("dev", chosen), ("train", ~chosen)):
                 facts[split] = keep_rows(paths["train"], keep, paths[split], num_classes)
         for split in SPLITS:
-            if caps[split] is not None and TASKS[task]["input_type"] == "text":
+            if caps[split] is not None and input_type == "text":
                 labels, keys = row_keys(paths[split], "cap")
                 keep = choose_capped(labels, keys, caps[split])
                 facts[split] = keep_rows(paths[split], keep, paths[split], num_classes)
         manifest = {
             "schema_version": 1,
             "task": task,
-            "data": "generated" if any(s["data"] == "generated" for s in sources) else "released",
-            **TASKS[task],
             "num_inputs": len(schema.names) - 1,
-            "max_length": max_length,
-            "padding_id": 0 if TASKS[task]["input_type"] == "text" else None,
+            "padding_id": 0 if input_type == "text" else None,
             # What to add to the values of an Arrow file to get ids.
-            "id_offset": ID_OFFSET if TASKS[task]["vocab_size"] == 257 else 0,
-            "options": options,
+            "id_offset": ID_OFFSET if described["vocab_size"] == 257 else 0,
             "caps": caps,
             "splits": {
                 split: facts[split]
@@ -142,10 +169,7 @@ def preprocess(task: str, config: dict, run_data: Path, output_dir: Path) -> dic
                 }
                 for split in SPLITS
             },
-            "sources": sources,
-        }
-        if task == "listops":
-            manifest["symbols"] = list(SYMBOLS)
+        } | described
         for split in SPLITS:
             if not manifest["splits"][split]["rows"]:
                 first = refused[split].first[:1]
@@ -295,6 +319,12 @@ def main() -> None:
     if task not in TASKS:
         raise ValueError(f"unknown task {args.task!r}, expected one of {', '.join(TASKS)}")
     manifest = preprocess(task, parse_json(args.config, "--config"), args.run_data, args.output_dir)
+    say(manifest)
+
+
+def say(manifest: dict) -> None:
+    """Print what was written, and the first rows that were left out."""
+    task = manifest["task"]
     for split, facts in manifest["splits"].items():
         print(f"{task} {split}: {facts['rows']:,} rows, {facts['num_refused']:,} refused")
         for row in facts["refused"]:

@@ -1,0 +1,182 @@
+"""The tables beside the main one: published figures, ablations, cost, and what came before."""
+
+import csv
+import json
+
+import collect
+import compare
+import pytest
+import tables
+from made_up_runs import make_config, make_metrics, write_run
+
+from sat.config import ROOT
+
+PUBLISHED = compare.read_published(ROOT / "config/published.csv")
+
+
+def write_benchmark(path, seconds="12.5", cpu="20.0", memory="300.0"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"s\th:m:s\tmax_rss\tcpu_time\n{seconds}\t0:00:12\t{memory}\t{cpu}\n")
+
+
+def made(tmp_path, all_metrics, config, allow_missing=False):
+    """What compare makes of run folders with these metrics, by name."""
+    paths = [write_run(tmp_path, metrics) / "metrics.json" for metrics in all_metrics]
+    runs = collect.read_runs(paths, config, tmp_path / "runs", allow_missing)
+    failures = collect.read_failures(config, tmp_path / "runs")
+    return compare.make_tables(config, runs, failures, PUBLISHED, tmp_path / "benchmarks")
+
+
+def seeds_of(attention, accuracies, **changes):
+    return [
+        make_metrics(attention=attention, seed=seed, accuracy=a, **changes)
+        for seed, a in enumerate(accuracies, 1001)
+    ]
+
+
+CONFIG = make_config(seeds=[1001, 1002, 1003])
+RUNS = [
+    *seeds_of("softmax", (0.40, 0.41, 0.42)),
+    *seeds_of("sat", (0.38, 0.41, 0.40), switch=(120, "rule")),
+]
+
+
+def test_generated_data_are_ranked_with_nobody(tmp_path):
+    shown, rows, _ = made(tmp_path, RUNS, CONFIG)["published"]
+    assert [("ours" if row["ours"] else "published") for row in rows if row["data"] == "generated"]
+    for row in rows:
+        assert (row["data"] == "generated") == (row["ours"] == "ours")
+    released, generated = shown
+    assert not any("(ours)" in cell for line in released.cells for cell in line)
+    assert all("(ours)" in line[2] for line in generated.cells)
+    assert "not to be ranked" in generated.title
+
+
+def test_released_runs_are_ranked_with_the_published_ones(tmp_path):
+    runs = [metrics | {"data": "released", "options": ["no brackets"]} for metrics in RUNS]
+    (shown,), rows, _ = made(tmp_path, runs, CONFIG)["published"]
+    listops = [r for r in rows if r["task"] == "listops" and r["metric"] == "accuracy"]
+    values = [row["value"] for row in listops]
+    assert values == sorted(values, reverse=True)
+    (sat,) = [row for row in listops if row["system"] == "sat"]
+    assert (sat["n"], sat["caveat"], sat["source"]) == (3, "no brackets", "run demo")
+    (logs,) = [row for row in listops if row["system"] == "SAT logs"]
+    assert "a dense checkpoint tested sparse" in logs["caveat"] and logs["sd"] == 0.71
+    place = next(i for i, line in enumerate(shown.cells) if line[2] == "sat (ours)")
+    assert (place, 2) in shown.bold
+
+
+def test_every_published_figure_has_a_source_and_every_task_some():
+    assert all(row["source"] for row in PUBLISHED)
+    tasks = {row["task"] for row in PUBLISHED if row["metric"] == "accuracy"}
+    assert tasks == set(collect.LRA_TASKS)
+    without_brackets = [r for r in PUBLISHED if r["system"] == "Skyformer"][0]
+    assert without_brackets["note"] == "ListOps without brackets"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("system,task\n", "expected the columns"),
+        ("{head}\na,listops,accuracy,high,,1,%,s,\n", "line 2: value, std or n is not a number"),
+        ("{head}\na,listops,accuracy,1,,1,%,,\n", "line 2: a published figure needs its source"),
+    ],
+)
+def test_a_wrong_published_figure_is_named(tmp_path, text, words):
+    path = tmp_path / "published.csv"
+    path.write_text(text.replace("{head}", ",".join(compare.PUBLISHED)))
+    with pytest.raises(ValueError, match=words):
+        compare.read_published(path)
+
+
+def test_ablation_says_what_sets_a_run_apart(tmp_path):
+    (table,), rows, _ = made(tmp_path, RUNS, CONFIG)["ablation"]
+    softmax, sat = rows
+    assert (sat["transition_rule"], sat["denominator"]) == ("settled", "zero_logits")
+    assert (sat["pattern_source"], sat["learning_rate_after"]) == ("parameter", "constant")
+    assert (softmax["transition_rule"], softmax["pattern_source"]) == ("never", "–")
+    assert softmax["difference_percent"] == pytest.approx((2 + 0 + 2) / 3)
+    half = 4.3027 * (4 / 3) ** 0.5 / 3**0.5
+    assert softmax["difference_95_low_percent"] == pytest.approx(4 / 3 - half, abs=1e-3)
+    assert sat["difference_percent"] is None and sat["base"] == "sat"
+    assert "sat (base)" in table.cells[1]
+    assert (0, list(table.headings).index("transition rule")) in table.bold
+
+
+def test_ablation_finds_settings_nobody_foresaw(tmp_path):
+    config = make_config(attentions=["sat", "odd"], seeds=[1001])
+    runs = [make_metrics(attention=a, switch=(120, "rule")) for a in ("sat", "odd")]
+    folder = write_run(tmp_path, runs.pop())
+    settings = json.loads((folder / "config.json").read_text())
+    settings["training"]["skewness"] = 9.5
+    (folder / "config.json").write_text(json.dumps(settings))
+    paths = [folder / "metrics.json", write_run(tmp_path, runs[0]) / "metrics.json"]
+    found = collect.read_runs(paths, config, tmp_path / "runs", False)
+    rows = compare.ablation_rows(found, collect.build_table(found, config), config)
+    assert rows[1]["other_differences"] == "training.skewness 9.5 (base 1.7)"
+
+
+def test_mass_of_the_attention_map_is_shown_where_training_tells_it(tmp_path):
+    runs = [make_metrics(attention="sat", seed=s, switch=(120, "rule")) for s in (1001, 1002)]
+    for metrics, mass in zip(runs, (0.05, 0.07), strict=True):
+        metrics["pattern"] |= {"mass": [mass] * 2, "best_mass": [0.3, 0.1], "random_mass": None}
+    config = make_config(attentions=["sat"])
+    (table,), rows, _ = made(tmp_path, runs, config)["ablation"]
+    assert table.cells[0][table.headings.index("mass held (%)")] == "6.0 (20.0 / –)"
+
+
+def test_cost_adds_what_snakemake_measured(tmp_path):
+    for seed, cpu in ((1001, "20.0"), (1002, "NA"), (1003, "40.0")):
+        write_benchmark(tmp_path / f"benchmarks/train/listops/sat/seed{seed}.tsv", cpu=cpu)
+    _, rows, _ = made(tmp_path, RUNS, CONFIG)["cost"]
+    softmax, sat = rows
+    assert sat["cpu_seconds_mean"] == 30 and sat["job_seconds_mean"] == 12.5
+    assert sat["gpu_seconds_mean"] is None and softmax["cpu_seconds_mean"] is None
+    assert sat["dense_steps_per_second"] == 12.5 and sat["sparse_steps_per_second"] == 50
+    assert softmax["sparse_steps_per_second"] is None
+
+
+def test_preparation_in_the_order_of_the_data(tmp_path):
+    for name in ("preprocess/own", "preprocess/listops", "download/a.gz", "extract"):
+        write_benchmark(tmp_path / f"benchmarks/{name}.tsv")
+    _, rows, _ = made(tmp_path, RUNS, CONFIG)["preparation"]
+    names = [row["step"] for row in rows]
+    assert names == ["download a.gz", "extract", "preprocess listops", "preprocess own"]
+    (tmp_path / "benchmarks/extract.tsv").write_text("nothing\n")
+    with pytest.raises(ValueError, match="extract.tsv: expected a benchmark table"):
+        compare.preparation_rows(tmp_path / "benchmarks")
+
+
+def test_tables_survive_missing_runs_and_odd_names(tmp_path):
+    """A task with no finished run, one seed only, a run that never switched, a task that nobody published."""
+    config = make_config(
+        tasks=["my_task|50%&", "text"], attentions=["softmax", "sat"], seeds=[1, 2]
+    )
+    runs = [make_metrics("my_task|50%&", "sat", 1), make_metrics("my_task|50%&", "softmax", 1)]
+    for name, (shown, rows, columns) in made(tmp_path, runs, config, True).items():
+        text = tables.to_csv(rows, columns)
+        assert text.startswith(next(iter(columns))), name
+        for table in shown:
+            assert tables.to_markdown(table) and tables.to_latex(table)
+    cost = made(tmp_path / "again", runs, config, True)["cost"][1]
+    assert [(row["task"], row["num_seeds"]) for row in cost] == [
+        *[("text", 0)] * 2,
+        *[("my_task|50%&", 1)] * 2,
+    ]
+
+
+def test_main_writes_every_form(tmp_path):
+    for metrics in RUNS:
+        write_run(tmp_path, metrics)
+    compare.main(
+        ["--output-dir", str(tmp_path / "tables"), "--config", json.dumps(CONFIG)]
+        + ["--runs-dir", str(tmp_path / "runs"), "--benchmarks", str(tmp_path / "benchmarks")]
+        + ["--published", str(ROOT / "config/published.csv")]
+    )
+    names = ("published", "ablation", "cost", "preparation")
+    forms = {f"{name}.{form}" for name in names for form in ("csv", "md", "tex")}
+    assert {path.name for path in (tmp_path / "tables").iterdir()} == forms
+    tex = (tmp_path / "tables/ablation.tex").read_text()
+    assert r"\toprule" in tex and r"\textbf{never}" in tex
+    with open(tmp_path / "tables/published.csv") as file:
+        assert next(csv.DictReader(file))["task"] == "listops"

@@ -1,0 +1,112 @@
+"""README and docs: links that lead somewhere, numbers that stand in a file, two languages in the same order."""
+
+import re
+
+import pytest
+from compare import read_published
+
+from sat.config import ROOT
+
+READMES = ["README.md", "README.zh-CN.md"]
+PAGES = [
+    *READMES,
+    "CONTRIBUTING.md",
+    *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
+]
+
+
+def cells(line):
+    return [cell.strip().strip("*") for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
+
+
+def rows_of(text, num_columns):
+    return [
+        c
+        for line in text.splitlines()
+        if line.startswith("|") and len(c := cells(line)) == num_columns
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_within_the_project_lead_somewhere(page):
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if not re.match(r"[a-z]+:|#", target):
+            assert (path.parent / target.split("#")[0]).exists(), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_the_demo_s_figures_are_those_of_its_table(page):
+    """The README rounds what docs/demo/table.md says."""
+    table = {}
+    head, *lines = [
+        cells(x)
+        for x in (ROOT / "docs/demo/table.md").read_text().splitlines()
+        if x.startswith("|")
+    ]
+    for line in lines[1:]:
+        row = dict(zip(head, line, strict=True))
+        table[row["task"], row["attention"]] = row
+    shown = [r for r in rows_of((ROOT / page).read_text(), 7) if (r[0], r[1]) in table]
+    assert {(r[0], r[1]) for r in shown} == set(table)
+    for task, attention, accuracy, chance, switch, density, times in shown:
+        row = table[task, attention]
+
+        def rounds(text, exact, digits):
+            return all(
+                abs(float(a) - float(b)) <= 0.5001 * 10**-digits
+                for a, b in zip(
+                    re.findall(r"[\d.]+", text), re.findall(r"[\d.]+", exact), strict=True
+                )
+            )
+
+        assert rounds(accuracy, row["test accuracy (%)"], 1), (task, attention, accuracy)
+        assert rounds(chance, row["chance (%)"], 1), (task, chance)
+        assert rounds(times, row["ms a step"], 0), (task, times)
+        assert rounds(density, row["density"], 2), (task, density)
+        assert re.findall(r"\d+", switch) == re.findall(r"\d+", row["switch at step"])
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_published_figures_are_those_of_the_file(page):
+    published = {
+        (row["system"], row["task"]): row["value"]
+        for row in read_published(ROOT / "config/published.csv")
+        if row["metric"] == "accuracy"
+    }
+    (line,) = [r for r in rows_of((ROOT / page).read_text(), 6) if "ListOps / image" in r[0]]
+    found = [tuple(map(float, re.findall(r"\d+\.\d+", cell))) for cell in line[1:5]]
+    systems = ("LRA Transformer", "Skyformer", "SAT logs", "S4")
+    assert found == [(published[s, "listops"], published[s, "image"]) for s in systems]
+
+
+def test_both_languages_have_the_same_parts():
+    english, chinese = ((ROOT / page).read_text() for page in READMES)
+    parts = [re.findall(r"^## ", text, flags=re.M) for text in (english, chinese)]
+    assert len(parts[0]) == len(parts[1]) > 5
+    # Commands and file names are the same in the same order.
+    commands = [
+        re.findall(r"^    (?:make|snakemake|python)[^#\n]*", text, flags=re.M)
+        for text in (english, chinese)
+    ]
+    assert [c.strip() for c in commands[0]] == [c.strip() for c in commands[1]]
+    for column in ("\n|", "](docs/"):
+        assert english.count(column) == chinese.count(column)
+
+
+def test_targets_of_the_readme_are_targets():
+    rules = "".join(path.read_text() for path in (ROOT / "workflow/rules").glob("*.smk"))
+    rules += (ROOT / "Snakefile").read_text()
+    for target in (
+        "all",
+        "data",
+        "kernels",
+        "table",
+        "table_so_far",
+        "figures",
+        "report",
+        "models",
+        "benchmark",
+    ):
+        assert f"| `{target}`" in (ROOT / "README.md").read_text()
+        assert re.search(rf"^\s*rule {target}:", rules, flags=re.M), target
