@@ -1,11 +1,7 @@
 """Time and memory of the attention backends beside other ways to compute attention on the CPU.
 
     python -m sat.benchmark attention --json attention.json [--quick] [--threads 1] [--length 1024]
-<<<<<<< HEAD
-    python -m sat.benchmark memory --json memory.json [--length 4096] [--batch 4]    # sat/step_memory.py
-=======
     python -m sat.benchmark step --json step.json [--quick] [--threads 2]      (see sat/step_benchmark.py)
->>>>>>> main
 
 All in one process with the same threads and allocator settings, interleaved in a new order every
 round; the median counts. The reference is torch's scaled_dot_product_attention over all keys.
@@ -24,7 +20,6 @@ import sys
 import time
 from pathlib import Path
 
-from sat import step_memory
 from sat.launch import with_allocator_settings
 
 HEADS, WIDTH = 2, 32
@@ -41,7 +36,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=["attention", "step", "memory"])
+    parser.add_argument("what", choices=["attention", "step"])
     parser.add_argument("--json", type=Path, required=True, help="file to write")
     parser.add_argument("--quick", action="store_true", help="one small shape, two densities")
     parser.add_argument("--batch", type=int, action="append", help=f"default: {BATCHES}")
@@ -276,14 +271,8 @@ def step(options: argparse.Namespace) -> dict:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    if options.what == "memory":
-        length, batch = (options.length or [4096])[0], (options.batch or [4])[0]
-        record = step_memory.compare(length, batch, layers=2, threads=options.threads)
-        print(f"ours / materialised: {record['ours_over_materialised']:.3f}", file=sys.stderr)
-    else:
-        record = attention(options) if options.what == "attention" else step(options)
-    text = json.dumps(record, indent=1) + "
-"
+    record = attention(options) if options.what == "attention" else step(options)
+    text = json.dumps(record, indent=1) + "\n"
     options.json.parent.mkdir(parents=True, exist_ok=True)
     partial = options.json.with_name(options.json.name + ".partial")
     partial.write_text(text, encoding="utf-8")

@@ -83,12 +83,3 @@ def test_a_program_starts_anew_with_allocator_settings(tmp_path, already):
         assert settings == already
     elif platform.libc_ver()[0] == "glibc":
         assert all(f"glibc.malloc.{name}=" in settings for name in launch.TUNABLES)
-
-
-def test_a_dense_step_takes_a_part_of_the_memory_of_materialised_attention(kernels_dir, tmp_path):
-    file = tmp_path / "memory.json"
-    arguments = ["--length", "1024", "--batch", "4", "--threads", "1"]
-    benchmark.main(["memory", "--json", str(file), *arguments])
-    record = json.loads(file.read_text())
-    assert record["ways"]["materialised"]["step_bytes"] > 4 * 2 * 1024**2 * 4 * 2  # both layers
-    assert record["ours_over_materialised"] < 1 / 2
