@@ -141,7 +141,7 @@ def losses_of(run):
 @pytest.mark.parametrize("failing", [4, 15], ids=["dense", "sparse"])
 def test_a_step_that_runs_out_is_done_anew(folder, tmp_path, monkeypatch, failing):
     """The losses are those of an undisturbed run, dropout included, and the history tells the new size."""
-    settings = settings_of(model={"attention_dropout": 0.2, "dropout_prob": 0})
+    settings = settings_of(model={"attention_dropout": 0.2, "dropout_prob": 0.1})
     training.train(settings, folder, tmp_path / "whole", device="cpu", threads=1)
     forward, step, seen = Classifier.forward, training.Training.step, {}
 
@@ -191,8 +191,7 @@ def test_an_evaluation_that_runs_out_scores_the_same(folder, tmp_path, monkeypat
 
 LONG = {
     "dataset": {"max_length": 512},
-    "model": {"max_seq_len": 512, "block_size": 32, "num_layers": 2}
-    | {"batch_size": None, "dropout_prob": 0},
+    "model": {"max_seq_len": 512, "block_size": 32, "num_layers": 2} | {"batch_size": None},
     "training": {"batch_size": 64, "num_train_steps": 4, "num_dense_train_steps": 2, "warmup": 1}
     | {"eval_frequency": 4},
 }
