@@ -17,6 +17,8 @@ import llama_run
 import llama_source
 import pytest
 
+from sat import config
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "workflow/scripts"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -231,6 +233,39 @@ def test_pip_that_fails_is_quoted(get, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     with pytest.raises(ValueError, match="(?s)no-such-thing==1.0: pip download failed.*ERROR"):
         get(sources=["no-such-thing=={version}"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("build_type", "debug", "'llama.build_type' is 'debug', allowed: Debug, Release"),
+        ("version", "../up", "'llama.version'"),
+        ("sources", ["ext::sh -c true"], "'llama.sources.0'"),
+        ("sources", ["--index-url=x==1"], "'llama.sources.0'"),
+        ("sources", ["git+https://example.org/x@--upload-pack=y"], "'llama.sources.0'"),
+        ("sources", [], "'llama.sources'"),
+        ("file", "../up.tar.gz", "'llama.file'"),
+        ("model", "model.bin", "'llama.model'"),
+        ("commit", "master", "'llama.commit'"),
+        ("targets", "all", "unknown key 'llama.targets'"),
+    ],
+)
+def test_wrong_configuration_is_refused(key, value, expected):
+    with pytest.raises(config.ConfigError, match=expected):
+        config.complete(config.load("demo") | {"llama": {key: value}})
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "llama-cpp-python=={version}",
+        "git+https://example.org/llama.cpp@{commit}",
+        "git+https://example.org/llama.cpp@b6000",
+        "https://example.org/llama.cpp-{version}.tar.gz",
+    ],
+)
+def test_sources_of_every_kind_can_be_configured(source):
+    config.complete(config.load("demo") | {"llama": {"sources": [source]}})
 
 
 # ---------------------------------------------------------------- prerequisites and the build
@@ -458,16 +493,17 @@ def test_models_that_cannot_be_used_are_named(tmp_path):
 
 # ---------------------------------------------------------------- running it
 
-SAID = """
-main: decoded something
-common_perf_print: prompt eval time =      48.37 ms /     6 tokens (    8.06 ms per token,   124.05 tokens per second)
-common_perf_print:        eval time =     101.53 ms /    15 runs   (    6.77 ms per token,   147.74 tokens per second)
-common_perf_print:       total time =     162.40 ms /    21 tokens
+# What the programs of 0.3.36 printed for the model of random weights, the log without most of its lines.
+SAID = """I generate: n_ctx = 256, n_batch = 2048, n_predict = 16, n_keep = 1
+I common_perf_print:        load time =     542.28 ms
+I common_perf_print: prompt eval time =      37.80 ms /     6 tokens (    6.30 ms per token,   158.74 tokens per second)
+I common_perf_print:        eval time =    4854.61 ms /    15 runs   (  323.64 ms per token,     3.09 tokens per second)
+I common_perf_print:       total time =    4919.49 ms /    21 tokens
 """
 
 
 def test_timings_are_read():
-    assert llama_run.parse_timings(SAID) == {"tokens": 16, "tokens_per_second": 147.74}
+    assert llama_run.parse_timings(SAID) == {"tokens": 16, "tokens_per_second": 3.09}
     without = "\n".join(SAID.splitlines()[:3])
     with pytest.raises(ValueError, match="no line 'eval time = ...'"):
         llama_run.parse_timings(without)
@@ -489,3 +525,95 @@ def test_programs_that_fail_or_hang_are_named(tmp_path):
     hangs = program(tmp_path / "hangs", "time.sleep(60)")
     with pytest.raises(ValueError, match="hangs was stopped after 0 s.*Release"):
         llama_run.call([hangs], seconds=0.1)
+
+
+BENCH = (
+    "build_commit,build_number,cpu_info,gpu_info,backends,model_filename,model_type,"
+    "model_size,model_n_params,n_batch,n_ubatch,n_threads,cpu_mask,cpu_strict,poll,"
+    "type_k,type_v,n_gpu_layers,n_cpu_moe,split_mode,main_gpu,no_kv_offload,flash_attn,"
+    "devices,tensor_split,tensor_buft_overrides,load_mode,lazy_mode,embeddings,"
+    "no_op_offload,no_host,repack,fit_target,fit_min_ctx,n_prompt,n_gen,n_depth,"
+    "test_time,avg_ns,stddev_ns,avg_ts,stddev_ts"
+    "\n"
+    '"0c1e57098bba","0","AMD EPYC","","CPU","/somewhere/random.gguf","llama ?B all F32",'
+    '"33950208","8487552","2048","512","2","0x0","0","50","f16","f16","0","0","layer",'
+    '"0","0","-1","auto","0.00","none","auto","auto","0","0","0","1","0","0","64","0",'
+    '"0","2026-11-24T12:22:57Z","855746470","41888960","74.904994","3.569701"'
+    "\n"
+    '"0c1e57098bba","0","AMD EPYC","","CPU","/somewhere/random.gguf","llama ?B all F32",'
+    '"33950208","8487552","2048","512","2","0x0","0","50","f16","f16","0","0","layer",'
+    '"0","0","-1","auto","0.00","none","auto","auto","0","0","0","1","0","0","0","16",'
+    '"0","2026-11-24T12:23:01Z","2114205078","158385762","7.597519","0.593974"'
+    "\n"
+)
+
+
+def test_the_csv_of_llama_bench_is_read_and_written():
+    rows = llama_run.parse_bench(f"a line of a backend\n{BENCH}")
+    assert [(row["n_prompt"], row["n_gen"]) for row in rows] == [("64", "0"), ("0", "16")]
+    assert [row["avg_ts"] for row in rows] == ["74.904994", "7.597519"]
+    assert llama_run.parse_bench(llama_run.as_csv(rows)) == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("error: no model\n", "has no rows"),
+        (BENCH.splitlines()[0], "has no rows"),
+        (BENCH.replace("avg_ts", "speed"), "lacks avg_ts"),
+        (BENCH.replace("74.904994", "0.0"), "measured nothing"),
+        (BENCH.rpartition(",")[0], "measured nothing"),
+    ],
+)
+def test_a_csv_without_results_is_refused(text, expected):
+    with pytest.raises(ValueError, match=expected):
+        llama_run.parse_bench(text)
+
+
+@pytest.fixture
+def made_build(tmp_path, monkeypatch):
+    """A build whose programs print what the real ones did; returns the arguments of llama_run."""
+    bin_folder = tmp_path / "build/bin"
+    program(
+        bin_folder / "llama-completion",
+        f"assert '-no-cnv' in sys.argv\nprint('three `odd` words')\nprint({SAID!r}, file=sys.stderr)",
+    )
+    program(bin_folder / "llama-bench", f"assert 'csv' in sys.argv\nprint({BENCH!r}, end='')")
+    record = {
+        **{"version": "1.0", "commit": COMMIT, "from": "here", "build_type": "Debug"},
+        **{"compiler": {"version": "g++ 12"}, "flags": "-g", "ccache": False, "seconds": 12.3},
+        **{"threads": 2, "steps": {"all": 9, "earlier": 4}, "seconds_of_steps": 20.0},
+        **{"programs": ["llama-completion", "llama-bench"], "folder": str(bin_folder.parent)},
+    }
+    (tmp_path / "build.json").write_text(json.dumps(record))
+    (tmp_path / "own.gguf").write_bytes(b"GGUF")
+    names = ("build.json", "source.json", "bench.csv", "summary.md", "own.gguf")
+    options = ("--build", "--source", "--bench", "--summary", "--model")
+    arguments = [
+        part for option, name in zip(options, names, strict=True) for part in (option, name)
+    ]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["llama_run.py", *arguments])
+    return tmp_path
+
+
+def test_summary_and_table_of_a_model_of_ones_own(made_build):
+    llama_run.main()
+    assert not (made_build / ".run.tmp").exists()
+    rows = llama_run.parse_bench((made_build / "bench.csv").read_text())
+    assert [row["model_filename"] for row in rows] == ["own.gguf", "own.gguf"]
+    text = (made_build / "summary.md").read_text()
+    assert "**llama.cpp 1.0**, commit `0123456789ab`, from `here`, built as Debug" in text
+    assert "9 steps, 4 of them by earlier calls" in text
+    assert "Model: `own.gguf`" in text and "by 16 tokens, 3.1 a second" in text
+    assert "`three 'odd' words`" in text
+    assert "| llama ?B all F32 | 8,487,552 | 2 | prompt of 64 | 74.9 ± 3.6 |" in text
+    assert "| generate 16 | 7.6 ± 0.6 |" in text
+    assert "A Debug build is slow" in text
+
+
+def test_a_failed_run_leaves_nothing(made_build):
+    program(made_build / "build/bin/llama-bench", "sys.exit(1)")
+    with pytest.raises(ValueError, match="llama-bench failed"):
+        llama_run.main()
+    assert not {"bench.csv", "summary.md", ".run.tmp"} & {p.name for p in made_build.iterdir()}

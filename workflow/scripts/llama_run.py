@@ -188,15 +188,13 @@ def as_csv(rows: list[dict[str, str]]) -> str:
 
 
 def summary(build: dict, model: str, completion: dict, rows: list[dict[str, str]]) -> str:
-    """The Markdown summary; its headings start at the second level, for the report to take it in."""
+    """The Markdown summary; without a heading, for the report to take it in."""
     commit = f", commit `{build['commit'][:12]}`" if build["commit"] else ""
     steps = build["steps"]
     earlier = f", {steps['earlier']} of them by earlier calls" if steps["earlier"] else ""
     shown = " ".join(completion["text"].split()).replace("`", "'")[:200]
     lines = [
-        "## llama.cpp",
-        "",
-        f"Version {build['version']}{commit}, from `{build['from']}`, built as {build['build_type']} with "
+        f"**llama.cpp {build['version']}**{commit}, from `{build['from']}`, built as {build['build_type']} with "
         f"{build['compiler']['version']} (flags `{build['flags']}`{', ccache' if build['ccache'] else ''}).",
         f"The last call took {build['seconds']:.0f} s with {build['threads']} threads; there are "
         f"{steps['all']} steps{earlier}, {build['seconds_of_steps']:.0f} s together.",
