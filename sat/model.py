@@ -85,7 +85,8 @@ class SelfAttention(nn.Module):
         # A trimmed batch gets its padding back here alone: unselected keys count in the denominator up to S, and
         # what is padding costs attention nothing.
         qkv = F.pad(qkv, (0, 0, 0, S - T)) if T < S else qkv
-        qkv = qkv.view(heads).permute(2, 0, 3, 1, 4)
+        # Copied, for rows that lie apart cost dense attention more time than the copy.
+        qkv = qkv.view(heads).permute(2, 0, 3, 1, 4).contiguous()
         q_BHSd, k_BHSd, v_BHSd = qkv if len(qkv) == 3 else (qkv[0], qkv[0], qkv[1])
         dropout_p = config.attention_dropout if self.training else 0.0
         attention_map = None

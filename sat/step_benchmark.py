@@ -215,7 +215,7 @@ def outside(config, size: int, rounds: int, clock) -> dict[str, float]:
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
         split = data.Split(path, False, 0)
-        maps = [torch.rand(S, S) for _ in range(config.model.num_layers)]
+        pair = [[torch.rand(S, S) for _ in range(config.model.num_layers)] for _ in range(2)]
         follower = MapStatistics()
         line = {
             "event": "train",
@@ -234,7 +234,7 @@ def outside(config, size: int, rounds: int, clock) -> dict[str, float]:
                 split.batch(data.training_rows(4 * size, size, index, 0), S)
                 times["loading"].append(clock() - start)
                 start = clock()
-                follower.update([a.clone() for a in maps])
+                follower.update(pair[index % 2])
                 times["statistics"].append(clock() - start)
                 start = clock()
                 history.write(json.dumps(without_nan(line)) + "\n")
