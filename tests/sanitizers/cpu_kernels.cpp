@@ -100,7 +100,11 @@ bool run_rows(int64_t sequences, int64_t length, int64_t width, float dropout_p)
       sat_gelu_backward(&rows, x.data(), y.data(), bias.data(), dy.data(), bias_sums.data()) == SAT_OK;
   for (float value : dy)
     if (!(value == value)) return false;
-  return done;
+  std::vector<float> map(length * length, 1.0f), other(length * length);
+  double map_sums[4];
+  if (sat_map_sums(length, length / 2, map.data(), other.data(), 0.5, map_sums) != SAT_OK) return false;
+  if (map_sums[3] != static_cast<double>(length * length)) return false;
+  return sat_map_sums(length, length, map.data(), nullptr, 0, map_sums) == SAT_OK && done;
 }
 
 int main() {
