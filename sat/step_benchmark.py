@@ -16,6 +16,7 @@ at length 4096 takes in a process of its own, beyond what the process had before
 """
 
 import dataclasses
+import json
 import os
 import statistics
 import subprocess
@@ -201,9 +202,9 @@ def outside(config, size: int, rounds: int) -> dict[str, float]:
     import pyarrow as pa
     import torch
 
-    from sat import data
-    from sat import training as trainings
+    from sat import data, runtime
     from sat.transition import MapStatistics
+    from sat.watching import Curves, without_nan
 
     S = config.model.sequence_length
     generator = np.random.default_rng(0)
@@ -219,9 +220,7 @@ def outside(config, size: int, rounds: int) -> dict[str, float]:
         follower = MapStatistics()
         line = {"event": "train", "step": 1, "loss": 1.0, "accuracy": 0.5, "ms": 1.0}
         line |= {"skewness": [1.0] * 4, "distance": [1.0] * 4, "change": [1.0] * 4}
-        from torch.utils.tensorboard import SummaryWriter
-
-        with SummaryWriter(folder) as board, open(Path(folder) / "history", "w") as history:
+        with Curves(Path(folder)) as curves, open(Path(folder) / "history", "w") as history:
             for index in range(rounds + 1):
                 start = time.perf_counter()
                 split.batch(data.training_rows(4 * size, size, index, 0), S)
@@ -230,7 +229,8 @@ def outside(config, size: int, rounds: int) -> dict[str, float]:
                 follower.update([a.clone() for a in maps])
                 times["statistics"].append(time.perf_counter() - start)
                 start = time.perf_counter()
-                trainings._record(history, board, dict(line))
+                history.write(json.dumps(without_nan(line)) + "\n")
+                curves.add(line, runtime.peak_memory(torch.device("cpu")))
                 times["logging"].append(time.perf_counter() - start)
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
