@@ -6,6 +6,7 @@
 #   snakemake --cores 1 table                                      the results tables
 #   snakemake --cores 1 report                                     tables, figures and sources in one HTML file
 #   snakemake --cores 1 --use-conda benchmark                      time and memory of attention
+#   snakemake --cores 8 llama                                      llama.cpp, built and tried
 #
 # workflow/rules/ holds the rules in the order in which the data flow, config/config.yaml the settings.
 
@@ -57,6 +58,7 @@ include: "workflow/rules/kernels.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/results.smk"
 include: "workflow/rules/benchmark.smk"
+include: "workflow/rules/llama.smk"
 
 
 localrules:
@@ -70,6 +72,7 @@ localrules:
     export_model,
     kernels,
     figures,
+    llama,
     models,
     report,
     table,
@@ -123,6 +126,9 @@ onsuccess:
     _table = Path(f"{RESULTS}/table.md")
     if any(job.name == "collect" for job in workflow.dag.jobs) and _table.is_file():
         print(f"\n{_table.read_text()}", file=sys.stderr)
+    _summary = Path(f"{RESULTS}/llama/summary.md")
+    if any(job.name == "run_llama" for job in workflow.dag.jobs) and _summary.is_file():
+        print(f"\n{_summary.read_text()}", file=sys.stderr)
     print(
         f"Report: {RESULTS}/report.html   Table: {RESULTS}/table.{{csv,md,tex}}, tables/   "
         f"Figures: {RESULTS}/figures/<task>/   Logs: {RESULTS}/logs/",

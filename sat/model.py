@@ -78,9 +78,14 @@ class SelfAttention(nn.Module):
     def forward(self, x_BSD, lengths_B, mask_nn, want_map, seed):
         """Normalised x [B, S, D] -> (the output before its bias [B, S, D], mean map or None)."""
         config = self.config
-        B, S, _ = x_BSD.shape
+        B, T, _ = x_BSD.shape
+        S = config.sequence_length
         heads = (B, S, self.num_projections, config.num_head, config.head_dim)
-        qkv = self.qkv(x_BSD).float().view(heads).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x_BSD).float()
+        # A trimmed batch gets its padding back here alone: unselected keys count in the denominator up to S, and
+        # what is padding costs attention nothing.
+        qkv = F.pad(qkv, (0, 0, 0, S - T)) if T < S else qkv
+        qkv = qkv.view(heads).permute(2, 0, 3, 1, 4)
         q_BHSd, k_BHSd, v_BHSd = qkv if len(qkv) == 3 else (qkv[0], qkv[0], qkv[1])
         dropout_p = config.attention_dropout if self.training else 0.0
         attention_map = None
@@ -93,7 +98,7 @@ class SelfAttention(nn.Module):
                 k_BHSd,
                 v_BHSd,
                 lengths=lengths_B,
-                padded_queries=self.padded_queries,
+                padded_queries=self.padded_queries if T == S else "zero",
                 return_map=want_map,
                 dropout_p=dropout_p,
                 seed=seed,
@@ -111,7 +116,7 @@ class SelfAttention(nn.Module):
                 dropout_p=dropout_p,
                 seed=seed,
             )
-        o_BSD = o_BHSd.transpose(1, 2).reshape(B, S, -1)
+        o_BSD = o_BHSd[:, :, :T].transpose(1, 2).reshape(B, T, -1)
         return F.linear(o_BSD.to(x_BSD.dtype), self.out.weight), attention_map
 
 
@@ -208,8 +213,9 @@ class Encoder(nn.Module):
             class_token = ids_BS.new_full((len(ids_BS), 1), self.config.vocab_size)
             ids_BS = torch.cat([class_token, ids_BS[:, :-1]], dim=1)
             lengths_B = None if lengths_B is None else lengths_B + 1
+        ids_BS = ids_BS[:, : self.trimmed_length(lengths_B, masks, want_maps)]
         norms = [each.attention_norm for each in self.layers] + [self.norm]
-        embedded_BSD, position_SD = self.embedding(ids_BS), self.position
+        embedded_BSD, position_SD = self.embedding(ids_BS), self.position[: ids_BS.shape[1]]
         if self.projects:
             embedded_BSD = self.projection(embedded_BSD + position_SD)
             position_SD = torch.zeros_like(embedded_BSD[0])
@@ -242,8 +248,23 @@ class Encoder(nn.Module):
             real_BS = self._pooled_positions(ids_BS, lengths_B)
             if real_BS is not None:
                 h_BSD = h_BSD * real_BS[:, :, None]
-            pooled_BD = h_BSD.mean(dim=1)  # padding is zero but counted, as in SAT
+            pooled_BD = h_BSD.sum(dim=1) / S  # padding is zero but counted, as in SAT
         return Encoded(pooled_BD, maps if want_maps else [])
+
+    def trimmed_length(self, lengths_B, masks, want_maps) -> int:
+        """Positions to compute: up to the longest sequence, rounded up to a block, where that changes no result.
+
+        In a dense step whose map counts padded queries, and for attentions of sat/efficient.py, it does. On a GPU
+        the longest is not known without waiting for the device.
+        """
+        S, block = self.config.sequence_length, self.config.block_size
+        attention = self.layers[0].attention
+        counted = masks is None and want_maps and attention.padded_queries == "attend"
+        if lengths_B is None or counted or attention.efficient is not None:
+            return S
+        if lengths_B.device.type != "cpu" or torch.compiler.is_compiling():
+            return S
+        return min(S, max(1, -(-int(lengths_B.max()) // block)) * block)
 
     def _pooled_positions(self, ids_BS, lengths_B):
         real_BS = None

@@ -1,7 +1,8 @@
 """Make the environment that the tests run in: .venvs/test, with the pinned tools of tests/requirements.txt.
 
 It sees the packages of .venvs/torch and .venvs/report, which the jobs use, instead of a second copy of each. Tests that
-need TensorFlow start the interpreter of .venvs/tf, since TensorFlow and PyTorch never meet in one process.
+need TensorFlow start the interpreter of .venvs/tf, since TensorFlow and PyTorch never meet in one process; a test that
+writes a model for llama.cpp starts that of .venvs/llama.
 """
 
 import sys
@@ -18,7 +19,7 @@ def lines(path: Path) -> list[str]:
 
 
 def main() -> None:
-    environments.ensure_all(["tf", "torch", "report"])
+    environments.ensure_all(["tf", "torch", "report", "llama"])
     tools = lines(ROOT / "requirements.txt") + lines(ROOT / "tests/requirements.txt")
     environments.build("test", tools, also=["torch", "report"])
 

@@ -6,7 +6,7 @@ import torch
 from sat import config
 from sat.attention import dropout
 from sat.data import Batch
-from sat.model import Classifier, Draws, num_parameters, sinusoids
+from sat.model import Classifier, Draws, Encoder, num_parameters, sinusoids
 
 
 def model_config(task="listops", **changes):
@@ -222,3 +222,34 @@ def test_every_place_drops_by_its_own_factors():
         int(Draws(torch.tensor(1), 64, first).at(site)) for first in (0, 9) for site in range(9)
     }
     assert len(seeds) == 18
+
+
+@pytest.mark.parametrize("pooling", ["MEAN", "CLS"])
+@pytest.mark.parametrize("kind", ["sparse", "dense", "maps"])
+def test_trimming_changes_nothing(pooling, kind, monkeypatch):
+    cfg = small(dropout_prob=0.3, attention_dropout=0.2, pooling_mode=pooling)
+    masks = None
+    if kind == "sparse":
+        masks = [torch.rand(cfg.num_blocks, cfg.num_blocks) < 0.6 for _ in range(2)]
+    model = build(cfg, padded_queries="ignored" if kind == "maps" else "counted").train()
+    batch = batch_of([27, 5, 17])
+    assert model.encoder.trimmed_length(batch.lengths[0], masks, kind == "maps") == 32
+
+    def results():
+        torch.manual_seed(1)
+        model.zero_grad()
+        logits, (maps,) = model(batch, masks, kind == "maps")
+        logits.square().sum().backward()
+        return [logits, *maps, *(p.grad for p in model.parameters())]
+
+    trimmed = results()
+    monkeypatch.setattr(Encoder, "trimmed_length", lambda *_: cfg.sequence_length)
+    for one, two in zip(trimmed, results(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_a_map_that_counts_padded_queries_is_not_trimmed():
+    model, lengths = build(small()), torch.tensor([5])
+    assert model.encoder.trimmed_length(lengths, None, True) == 64
+    assert model.encoder.trimmed_length(lengths, None, False) == 16
+    assert model.encoder.trimmed_length(None, None, False) == 64

@@ -23,7 +23,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PARTS = ["Snakefile", "workflow", "config", "envs", "sat", "csrc", "profiles", "requirements.txt"]
-ENVIRONMENTS = ["tf", "torch", "report"]  # those with packages; the fourth is bare Python
+ENVIRONMENTS = ["tf", "torch", "report", "llama"]  # those with packages; the fourth is bare Python
 LISTOPS = "Source\tTarget\n[MAX 1 2 ]\t2\n"
 PAIR = "1\t7\t8\tone text\tanother text\n"
 MEMBERS = (
@@ -152,6 +152,12 @@ def make(root: Path) -> Project:
         "sources": {
             name: {"urls": [url], "sha256": None, "bytes": None} for name, url in urls.items()
         },
+        "llama": {
+            "version": "1.0",
+            "sources": [make_llama_archive(root / "sources")],
+            "sha256": None,
+            "commit": None,
+        },
     }
     (root / "config/tiny.yaml").write_text(yaml.safe_dump(overlay))
     return Project(root)
@@ -169,6 +175,14 @@ def make_archives(folder: Path) -> dict[str, str]:
     (folder / "imdb_reviews").write_text("reviews")
     files = {"lra_release": "lra_release.gz", "cifar10": "cifar10", "imdb_reviews": "imdb_reviews"}
     return {name: (folder / file).as_uri() for name, file in files.items()}
+
+
+def make_llama_archive(folder: Path) -> str:
+    """The URL of an archive that looks like the tree of llama.cpp."""
+    with tarfile.open(folder / "llama.cpp.tar.gz", "w:gz") as tar:
+        for name in ("CMakeLists.txt", "ggml/CMakeLists.txt"):
+            tar.addfile(tarfile.TarInfo(f"llama.cpp-1.0/{name}"))
+    return (folder / "llama.cpp.tar.gz").as_uri()
 
 
 def install_python(path: Path) -> None:

@@ -1,8 +1,8 @@
 """Stand-in for the interpreter of an environment: makes the files of the step that it is told to run, at once.
 
-Steps that need no packages (download.py, extract.py) run for real. stub_project.install_python puts the stand-in where
-Snakemake looks for an interpreter. Each call is a line of calls.jsonl in the
-working directory, so that tests see which environment ran which step.
+Steps that need no packages (download.py, extract.py, llama_source.py) run for real. stub_project.install_python puts
+the stand-in where Snakemake looks for an interpreter. Each call is a line of calls.jsonl in the working directory, so
+that tests see which environment ran which step.
 """
 
 import json
@@ -52,12 +52,15 @@ def main(arguments: list[str]) -> None:
     call = {"python": sys.argv[0], "step": step, "PYTHONPATH": os.environ.get("PYTHONPATH")}
     with open("calls.jsonl", "a") as calls:
         calls.write(json.dumps(call) + "\n")
-    if step in ("download.py", "extract.py"):
+    if step in ("download.py", "extract.py", "llama_source.py"):
         os.execv(sys.executable, [sys.executable, *arguments])
     if step == "prepare_tfds.py":
         outputs = [
             Path(options["--data-dir"], *options["--builder"].split(":"), "dataset_info.json")
         ]
+    elif step.startswith("llama_"):
+        flags = ("--record", "--bench", "--summary")
+        outputs = [Path(options[flag]) for flag in flags if flag in options]
     elif "--output" in options:
         outputs = [Path(options["--output"])]
     else:

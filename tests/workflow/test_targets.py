@@ -29,6 +29,9 @@ ENVIRONMENTS_OF_RULE = {
     "collect": ["report"],
     "compare": ["report"],
     "draw": ["report"],
+    "get": [],
+    "build": ["llama"],
+    "run": ["llama"],
     "export": ["report"],
     "write": ["report"],
 }
@@ -64,6 +67,7 @@ TARGETS = {
     "models": runs_of(*TASKS) | models_of(*TASKS),
     "data": data_of(*TASKS),
     "kernels": {"compile_kernels"},
+    "llama": {"get_llama", "build_llama", "run_llama"},
     "table": runs_of(*TASKS) | TABLES,
     "figures": runs_of(*TASKS) | figures_of(*TASKS) | {"draw_summary"},
     "report": runs_of(*TASKS) | figures_of(*TASKS) | SUMMARIES,
@@ -90,7 +94,7 @@ def test_target(plans, target):
 
 def test_jobs_name_their_environments(plans):
     """The file of the environment is an input: an edit of it reruns the job, and the job gets the environment made."""
-    for job in plans[None]:
+    for job in plans[None] + plans["llama"]:
         rule = job.name.split()[0].partition("_")[0]
         environments = [path for path in job.reads if path.startswith("envs/")]
         assert environments == [f"envs/{name}.yaml" for name in ENVIRONMENTS_OF_RULE[rule]], job

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,15 +21,35 @@ from pathlib import Path
 CUDA_ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # those of them that nvcc can compile for
 EXCERPT_LINES = 15
 
-NO_COMPILER = """no C++ compiler found (looked for $CXX, c++, g++ and clang++). Install one and run this again:
-  Debian, Ubuntu: apt-get install g++
-  Fedora:         dnf install gcc-c++
-  conda:          conda install -c conda-forge cxx-compiler
-  macOS:          xcode-select --install"""
+# What a build needs of the system, by who installs it; macOS has compiler and git from Apple.
+INSTALL = {
+    "Debian, Ubuntu": "apt-get install",
+    "Fedora": "dnf install",
+    "conda": "conda install -c conda-forge",
+    "macOS": "brew install",
+}
+PACKAGES = {
+    "compiler": ("g++", "gcc-c++", "cxx-compiler", None),
+    "cmake": ("cmake", "cmake", "cmake", "cmake"),
+    "curl headers": ("libcurl4-openssl-dev", "libcurl-devel", "libcurl", "curl"),
+    "git": ("git", "git", "git", None),
+}
 
 
-class BuildError(Exception):
+class BuildError(ValueError):
     """What the user can mend; its text is the whole message."""
+
+
+def how_to_install(*needed: str) -> str:
+    """The commands that install the parts `needed` (keys of PACKAGES), one line a system."""
+    lines = []
+    for i, (system, command) in enumerate(INSTALL.items()):
+        names = [PACKAGES[part][i] for part in needed]
+        commands = ["xcode-select --install"] if None in names else []
+        if packages := " ".join(filter(None, names)):
+            commands.append(f"{command} {packages}")
+        lines.append(f"  {f'{system}:':<15} {' && '.join(commands)}")
+    return "Install it and run this again:\n" + "\n".join(lines)
 
 
 def find_tool(name: str) -> str:
@@ -40,7 +61,7 @@ def find_tool(name: str) -> str:
             return path
     if path := shutil.which(name):
         return path
-    raise BuildError(f"{name} not found: run this in the environment of envs/torch.yaml")
+    raise BuildError(f"{name} not found: run this in the environment of the rule (envs/)")
 
 
 def find_cxx() -> str:
@@ -48,7 +69,10 @@ def find_cxx() -> str:
     for candidate in candidates:
         if path := shutil.which(candidate.split()[0]):
             return path
-    raise BuildError(NO_COMPILER)
+    raise BuildError(
+        "no C++ compiler found (looked for $CXX, c++, g++ and clang++). "
+        + how_to_install("compiler")
+    )
 
 
 def find_nvcc() -> str | None:
@@ -79,11 +103,17 @@ def run(command: list[str], log: Path) -> None:
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {' '.join(command)}\n{done.stdout}\n")
     if done.returncode:
-        lines = [line for line in done.stdout.splitlines() if line.strip()]
-        errors = [i for i, line in enumerate(lines) if "error" in line.lower()]
-        start = max(errors[0] - 1, 0) if errors else max(len(lines) - EXCERPT_LINES, 0)
-        excerpt = "\n".join(f"  {line}" for line in lines[start : start + EXCERPT_LINES])
-        raise BuildError(f"{Path(command[0]).name} failed; the full log is {log}\n{excerpt}")
+        raise BuildError(
+            f"{Path(command[0]).name} failed; the full log is {log}\n{excerpt(done.stdout)}"
+        )
+
+
+def excerpt(text: str) -> str:
+    """The first error in what a build step said and the lines after it, or its last lines."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    errors = [i for i, line in enumerate(lines) if re.search(r"\berror\b", line, re.IGNORECASE)]
+    start = max(errors[0] - 1, 0) if errors else max(len(lines) - EXCERPT_LINES, 0)
+    return "\n".join(f"  {line}" for line in lines[start : start + EXCERPT_LINES])
 
 
 def build(
