@@ -22,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 SHAPES = {  # task whose model it is, batch
@@ -196,13 +195,13 @@ def steps(config, batch):
     }
 
 
-def outside(config, size: int, rounds: int) -> dict[str, float]:
+def outside(config, size: int, rounds: int, clock) -> dict[str, float]:
     """Seconds a step of what is neither model nor optimiser, alone: loading, statistics, the history's line."""
     import numpy as np
     import pyarrow as pa
     import torch
 
-    from sat import data, runtime
+    from sat import data
     from sat.transition import MapStatistics
     from sat.watching import Curves, without_nan
 
@@ -218,20 +217,29 @@ def outside(config, size: int, rounds: int) -> dict[str, float]:
         split = data.Split(path, False, 0)
         maps = [torch.rand(S, S) for _ in range(config.model.num_layers)]
         follower = MapStatistics()
-        line = {"event": "train", "step": 1, "loss": 1.0, "accuracy": 0.5, "ms": 1.0}
+        line = {
+            "event": "train",
+            "step": 1,
+            "phase": "dense",
+            "learning_rate": 1e-3,
+            "loss": 1.0,
+            "accuracy": 0.5,
+            "ms": 1.0,
+        }
+        line |= {"learning_rate": 1e-3}
         line |= {"skewness": [1.0] * 4, "distance": [1.0] * 4, "change": [1.0] * 4}
         with Curves(Path(folder)) as curves, open(Path(folder) / "history", "w") as history:
             for index in range(rounds + 1):
-                start = time.perf_counter()
+                start = clock()
                 split.batch(data.training_rows(4 * size, size, index, 0), S)
-                times["loading"].append(time.perf_counter() - start)
-                start = time.perf_counter()
+                times["loading"].append(clock() - start)
+                start = clock()
                 follower.update([a.clone() for a in maps])
-                times["statistics"].append(time.perf_counter() - start)
-                start = time.perf_counter()
+                times["statistics"].append(clock() - start)
+                start = clock()
                 history.write(json.dumps(without_nan(line)) + "\n")
-                curves.add(line, runtime.peak_memory(torch.device("cpu")))
-                times["logging"].append(time.perf_counter() - start)
+                curves.add(line)
+                times["logging"].append(clock() - start)
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
@@ -270,9 +278,10 @@ def run(options, clock) -> dict:
         config = settings(task)
         seconds = _measure(steps(config, random_batch(config, batch)), options.rounds, clock)
         results.append({"shape": name, "task": task, "batch": batch, "seconds": seconds})
-        parts = outside(config, batch, options.rounds)
+        parts = outside(config, batch, options.rounds, clock)
         shares.append({"shape": name, "seconds": parts})
-        print(f"{name}: " + ", ".join(f"{w} {1e3 * s:.0f} ms" for w, s in seconds.items()))
+        times = ", ".join(f"{way} {1e3 * value:.0f} ms" for way, value in seconds.items())
+        print(f"{name}: {times}", file=sys.stderr)
     record = {
         "schema_version": 1,
         "machine": describe_device(torch.device("cpu")),

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import PIL.Image  # noqa: F401  here, not at the first image: a library can no longer be loaded when memory is short
 import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sat import benchmark, launch
+from sat import benchmark, launch, step_benchmark
 from sat.attention import block_sparse_attention
+from sat.model import Classifier, num_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,3 +84,33 @@ def test_a_program_starts_anew_with_allocator_settings(tmp_path, already):
         assert settings == already
     elif platform.libc_ver()[0] == "glibc":
         assert all(f"glibc.malloc.{name}=" in settings for name in launch.TUNABLES)
+
+
+def test_quick_benchmark_of_steps(kernels_dir, tmp_path, capsys):
+    before, file = torch.get_num_threads(), tmp_path / "step.json"
+    try:
+        benchmark.main(["step", "--json", str(file), "--quick", "--rounds", "1"])
+    finally:
+        torch.set_num_threads(before)
+    (result,) = json.loads(file.read_text())["results"]
+    assert set(result["seconds"]) == set(step_benchmark.WAYS)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(step_benchmark.BARS) + 2
+    assert all(line.count("|") == 7 for line in lines)
+
+
+def test_the_plain_model_of_the_benchmark_is_the_same_model():
+    config = step_benchmark.settings("image")
+    ours = Classifier(config.model, 1, learned_pattern=True).eval()
+    plain = step_benchmark.plain_model(config, materialised=True).eval()
+    assert num_parameters(plain) == num_parameters(ours)
+    names = {"attention_norm": "norms.0", "mlp_norm": "norms.1", "attention.": ""}
+    weights = {}
+    for name, value in ours.state_dict().items():
+        name = name.removeprefix("encoder.")
+        for old, new in names.items():
+            name = name.replace(old, new)
+        weights[name] = value
+    plain.load_state_dict(weights)
+    batch = step_benchmark.random_batch(config, 2)
+    torch.testing.assert_close(plain(batch)[0], ours(batch)[0], rtol=1e-4, atol=1e-5)

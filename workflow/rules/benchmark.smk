@@ -57,6 +57,36 @@ rule report_attention:
         "{params.python} {input.script} {input.json} --output-dir {params.folder} > {log} 2>&1"
 
 
+rule measure_steps:
+    input:
+        env=local("envs/torch.yaml"),
+        sources=sorted(
+            str(path) for path in [*Path("sat").glob("*.py"), *Path("sat/attention").glob("*.py")]
+        ),
+        kernels=rules.compile_kernels.output,
+    output:
+        json=f"{BENCHMARK}/step.json",
+        md=f"{BENCHMARK}/step.md",
+    log:
+        f"{RESULTS}/logs/measure_steps.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/measure_steps.tsv"
+    conda:
+        "../../envs/torch.yaml"
+    threads: config["threads"]["train"]
+    resources:
+        mem_mb=16000,
+    params:
+        root=in_root,
+        python=in_env("torch"),
+        kernels=lambda wildcards, input: str(Path(input.kernels[0]).parent),
+        quick="--quick" if config["data"] == "generated" else "",
+    shell:
+        "SAT_KERNELS={params.kernels:q} PYTHONPATH={params.root:q} {params.python} -m sat.benchmark step "
+        "--json {output.json} --threads {threads} {params.quick} > {output.md} 2> {log}"
+
+
 rule benchmark:
     input:
+        rules.measure_steps.output,
         rules.report_attention.output,
