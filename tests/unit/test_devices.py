@@ -124,7 +124,8 @@ def test_two_processes_train_and_score_as_one(folder, tmp_path):
         metrics[alone]["test"]["loss"], rel=1e-3
     )
     masks = [safetensors.torch.load_file(str(run / "pattern.safetensors")) for run in metrics]
-    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+    for name, stored in masks[0].items():  # masks exactly, pooled maps up to rounding
+        torch.testing.assert_close(masks[1][name], stored)
 
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
