@@ -13,6 +13,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import download
@@ -119,7 +120,8 @@ def fetch(row: dict, tmp_path: Path, manual_dir: Path | None = None) -> tuple[Pa
 
 
 def left(tmp_path: Path) -> list[str]:
-    return sorted(path.name for path in (tmp_path / "archives").iterdir())
+    names = {path.name for path in (tmp_path / "archives").iterdir()}
+    return sorted(names - {download.LEDGER_LOCK})
 
 
 def test_record_says_what_was_used(server, tmp_path):
@@ -209,6 +211,19 @@ def test_unknown_hash_is_recorded_and_compared(server, tmp_path):
     with pytest.raises(ValueError, match=f"expected {SHA256}.*checksums.json"):
         fetch(source(f"{server.url}/other", sha256=None), tmp_path)
     assert not (tmp_path / "archives" / "set.gz").exists()
+
+
+def test_downloads_side_by_side_are_all_recorded(tmp_path):
+    """Two wrote the same temporary file once, and one of them failed."""
+    rows = []
+    for number in range(12):
+        path = tmp_path / f"archive{number}"
+        path.write_bytes(b"%d" % number)
+        rows.append(source(path.as_uri(), file=f"set{number}.gz", sha256=None, bytes=None))
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(lambda row: fetch(row, tmp_path), rows))
+    recorded = json.loads((tmp_path / "archives" / "checksums.json").read_text())
+    assert sorted(recorded) == sorted(row["file"] for row in rows)
 
 
 def test_second_call_fetches_nothing_while_the_hash_is_as_expected(server, tmp_path):

@@ -36,7 +36,8 @@ def draw(run_dirs, config):
 
 def svg_of(name, run_dirs, config=None):
     """One figure: the others need not be drawn for it."""
-    return figures.to_svg(draw_one(name, run_dirs, config))
+    with matplotlib.rc_context(figures.STYLE):
+        return figures.to_svg(draw_one(name, run_dirs, config))
 
 
 def texts(svg):

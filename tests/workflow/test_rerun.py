@@ -135,7 +135,7 @@ def test_switching_to_conda_reruns_nothing(finished, conda):
 def test_deleted_table_is_made_from_what_is_there(finished):
     """And without the environments of the steps before it: an environment that is not needed is not made."""
     table_deleted(finished)
-    for name in ("tf", "torch"):
+    for name in ("tf", "torch", "llama"):
         shutil.rmtree(finished.root / ".venvs" / name)
     shutil.rmtree(finished.root / "results/tiny/tables")
     assert finished.planned("table") == {"collect", "compare"}

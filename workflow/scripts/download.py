@@ -15,6 +15,7 @@ but Python and curl.
 """
 
 import argparse
+import fcntl
 import hashlib
 import os
 import shutil
@@ -35,6 +36,7 @@ from lra.files import (
 )
 
 LEDGER = "checksums.json"
+LEDGER_LOCK = ".checksums.lock"
 KEPT = ".kept"
 KEYS = {"name", "file", "urls", "sha256", "bytes", "licence", "provenance"}
 NUM_ATTEMPTS = 5
@@ -79,7 +81,10 @@ def download(
         keep(output, url)
 
     if not source["sha256"] and ledger.get(source["file"]) != sha256:
-        write_json(ledger_path, ledger | {source["file"]: sha256})
+        with open(output.parent / LEDGER_LOCK, "w") as lock:  # downloads run side by side
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            ledger = read_json(ledger_path) if ledger_path.exists() else {}
+            write_json(ledger_path, ledger | {source["file"]: sha256})
     description = {key: source[key] for key in ("name", "file", "licence", "provenance")}
     write_json(
         record,
