@@ -84,14 +84,18 @@ def install() -> str | None:
     command = ["apt-get", "install", "--yes", "--no-install-recommends", *PACKAGES]
     surroundings = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     for arguments in (command, ["apt-get", "update"], command):
-        done = subprocess.run(
-            arguments,
-            env=surroundings,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        try:
+            done = subprocess.run(
+                arguments,
+                env=surroundings,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=180,
+            )
+        except subprocess.TimeoutExpired:
+            return f"{' '.join(arguments)} took more than 3 minutes"
         if arguments is command and done.returncode == 0:
             return missing()
     return f"apt-get could not install {' '.join(PACKAGES)}: {done.stdout.strip()[-300:]}"
