@@ -67,13 +67,16 @@ def option_labels(config: RunConfig, manifest: dict) -> list[str]:
     return labels
 
 
-def real_queries(batch: data.Batch, length: int) -> list[torch.Tensor]:
-    """How many sequences of the batch have a real id at each position, [length] an input."""
+def real_queries(batch: data.Batch, length: int, class_tokens: int) -> list[torch.Tensor]:
+    """How many sequences of the batch have a real query at each position, [length] an input.
+
+    class_tokens: how many the model puts in front of the ids, 1 with CLS pooling, else 0.
+    """
     position = torch.arange(length)
     return [
         torch.full((length,), len(batch))
         if lengths is None
-        else (position < lengths[:, None]).sum(dim=0)
+        else (position < class_tokens + lengths[:, None]).sum(dim=0)
         for lengths in batch.lengths
     ]
 
@@ -151,7 +154,8 @@ class Training:
         )
         real = []
         if want_maps and config.transition.padded_queries == "ignored":
-            real = real_queries(batch, len(maps[0][0]))
+            class_tokens = int(config.model.pooling_mode == "CLS")
+            real = real_queries(batch, len(maps[0][0]), class_tokens)
             real = [counts.to(self.accelerator.device) for counts in real]
         self._sum_over_processes([loss, hits, *real, *(a for tower in maps for a in tower)])
         step_statistics = None
@@ -428,11 +432,13 @@ class Training:
     @property
     def out_of_patience(self) -> bool:
         """Whether to stop; a run whose switch is still to come by its limit goes on until then."""
-        patience = self.config.training.patience
+        training = self.config.training
+        patience, limit = training.patience, training.num_dense_train_steps
         will_switch = (
             self.phase == "dense"
             and self.config.transition.rule != "never"
-            and self.config.training.num_dense_train_steps is not None
+            and limit is not None
+            and limit < training.num_train_steps
         )
         return patience is not None and not will_switch and self.evaluations_since_best >= patience
 

@@ -193,6 +193,15 @@ def test_patience_stops_the_run(folder, tmp_path):
     assert metrics["num_steps"] == 12  # the second evaluation is no better than the first
 
 
+def test_patience_does_not_wait_for_a_switch_that_cannot_come(folder, tmp_path):
+    """Its limit lies at the last step or behind it."""
+    changes = {"training": {"learning_rate": 1e-9, "patience": 1, "num_dense_train_steps": 24}}
+    metrics = training.train(
+        settings_of(**changes), folder / "listops", tmp_path, device="cpu", threads=1
+    )
+    assert metrics["num_steps"] == 12 and metrics["transition"]["step"] is None
+
+
 def test_num_eval_steps_limits_dev(folder, tmp_path):
     changes = {"training": {"num_eval_steps": 2}}
     metrics = training.train(
@@ -230,8 +239,8 @@ def test_data_of_another_task_are_refused(folder, tmp_path):
 
 def step_of(settings, folder, steps=1):
     run = config.RunConfig.from_dict(settings)
-    _, splits = data.load(folder / "listops")
-    state = training.Training(run, 1, runtime.make_accelerator("cpu", 1))
+    manifest, splits = data.load(folder / run.task)
+    state = training.Training(run, manifest["num_inputs"], runtime.make_accelerator("cpu", 1))
     for index in range(steps):
         rows = data.training_rows(len(splits["train"]), run.training.batch_size, index, run.seed)
         line = state.step(index, splits["train"].batch(rows, 64))
@@ -266,7 +275,7 @@ def test_gradients_are_clipped_by_value(folder, monkeypatch):
 
 
 def test_pattern_gradient_reaches_the_pattern_alone(folder):
-    """With and without the pattern loss all other gradients are the same; its own is that of the formula."""
+    """With and without the pattern loss all other gradients are the same."""
     grads = {}
     for scale in (0.0, 0.5):
         settings = settings_of(model={"dropout_prob": 0.0}, training={"attn_loss_scale": scale})
@@ -277,6 +286,32 @@ def test_pattern_gradient_reaches_the_pattern_alone(folder):
             assert float(gradient.abs().max()) > 0 and float(grads[0.0][name].abs().max()) == 0
         else:
             assert torch.equal(gradient, grads[0.0][name])
+
+
+@pytest.mark.parametrize("task", ["listops", "retrieval"])
+def test_pattern_gradient_is_that_of_the_formula(folder, monkeypatch, task):
+    """attn_loss_scale L sum_l mean((P P^T - T)^2), the mean of both towers: dP = scale L 2 (G + G^T) P / n^2."""
+    scale, towers = 0.3, []
+    real = training.Training._pattern_step
+
+    def seen(self, maps):
+        towers.extend([a.clone() for a in tower] for tower in maps)
+        return real(self, maps)
+
+    monkeypatch.setattr(training.Training, "_pattern_step", seen)
+    monkeypatch.setattr(training, "GRADIENT_LIMIT", 1e9)
+    settings = settings_of(task, training={"attn_loss_scale": scale, "learning_rate": 1e-30})
+    state, _ = step_of(settings, folder)
+    assert len(towers) == (2 if task == "retrieval" else 1)
+    for layer, P in enumerate(state.model.pattern):
+        value = P.detach().double()
+        n = len(value)
+        expected = torch.zeros_like(value)
+        for tower in towers:
+            tiles = tower[layer].double().view(n, 16, n, 16)
+            G = value @ value.T - tiles.sum(dim=(1, 3)) / 16**2
+            expected += scale * len(state.model.pattern) * 2 * (G + G.T) @ value / n**2
+        torch.testing.assert_close(P.grad.double(), expected / len(towers), rtol=1e-5, atol=1e-7)
 
 
 def test_the_new_phase_forgets_the_best_of_the_old(folder):
@@ -315,7 +350,7 @@ def test_padded_queries_can_be_left_out_of_the_map():
         0.25,
         0.125,
     )  # rows as the kernel gives them: sums over both, halved
-    real = training.real_queries(batch, 8)
+    real = training.real_queries(batch, 8, class_tokens=0)
     assert real[0].tolist() == [2, 2, 1, 1, 0, 0, 0, 0]
     ((mended,),), size = training.over_real_queries([[zeroed]], real, 2)
     assert size == 4
@@ -325,6 +360,26 @@ def test_padded_queries_can_be_left_out_of_the_map():
     corner = torch.arange(64.0).view(8, 8)[:4, :4].double()
     expected = (((corner - corner.mean()) / corner.std(correction=0)) ** 3).mean()
     assert float(skewness) == pytest.approx(float(expected), abs=1e-12)
+
+
+@pytest.mark.parametrize("pooling", ["MEAN", "CLS"])
+def test_the_map_of_real_queries_is_a_mean_of_softmax_rows(folder, pooling):
+    """Rows sum to 1 up to the longest sequence, and the skewness is that of these rows and columns."""
+    settings = settings_of(
+        model={"pooling_mode": pooling}, transition={"padded_queries": "ignored"}
+    )
+    state, line = step_of(settings, folder)
+    run = config.RunConfig.from_dict(settings)
+    _, splits = data.load(folder / "listops")
+    rows = data.training_rows(len(splits["train"]), run.training.batch_size, 0, run.seed)
+    longest = int(splits["train"].batch(rows, 64).lengths[0].max()) + (pooling == "CLS")
+    for a, skewness in zip(state.map_statistics.maps, line["skewness"], strict=True):
+        sums = a.sum(dim=1)
+        torch.testing.assert_close(sums[:longest], torch.ones(longest))
+        assert not sums[longest:].any()
+        corner = a[:longest, :longest].double().numpy()
+        centred = (corner - corner.mean()) / corner.std()
+        assert skewness == pytest.approx((centred**3).mean(), rel=1e-6)
 
 
 def test_listops_baseline_answers_by_the_root_operator(tmp_path):
