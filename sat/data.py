@@ -157,13 +157,13 @@ def training_rows(num_rows: int, batch_size: int, step: int, seed: int) -> np.nd
 
     A function of its arguments alone, so that a run can go on at any step.
     """
-    first = step * batch_size
-    rows = []
-    while len(rows) < batch_size:
-        epoch, position = divmod(first + len(rows), num_rows)
-        permutation = _permutation(num_rows, seed, epoch)
-        rows.extend(permutation[position : position + batch_size - len(rows)])
-    return np.asarray(rows)
+    place, stop = step * batch_size, (step + 1) * batch_size
+    parts = []
+    while place < stop:
+        epoch, position = divmod(place, num_rows)
+        parts.append(_permutation(num_rows, seed, epoch)[position : position + stop - place])
+        place += len(parts[-1])
+    return np.concatenate(parts)
 
 
 _permutations: dict[tuple[int, int, int], np.ndarray] = {}

@@ -18,9 +18,6 @@ import math
 
 import torch
 
-STATIC = ("local", "bigbird", "random")
-LEARNED = ("parameter", "pooled", "floodfill")
-
 DIAGONAL_FILTER = 31  # taps of the filter along the diagonal, as SPION has it
 # Big Bird's base model (ITC): 3 window, 2 global and 3 random blocks a row.
 WINDOW_SHARE, GLOBAL_SHARE = 3 / 8, 2 / 5  # of all blocks; of what the window leaves

@@ -226,7 +226,6 @@ def outside(config, size: int, rounds: int, clock) -> dict[str, float]:
             "accuracy": 0.5,
             "ms": 1.0,
         }
-        line |= {"learning_rate": 1e-3}
         line |= {"skewness": [1.0] * 4, "distance": [1.0] * 4, "change": [1.0] * 4}
         with Curves(Path(folder)) as curves, open(Path(folder) / "history", "w") as history:
             for index in range(rounds + 1):

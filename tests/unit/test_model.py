@@ -59,8 +59,11 @@ def test_initial_values():
     assert float(P.mean()) == pytest.approx(0.5, abs=0.05)
 
 
-def independent_forward(model, ids, length):
-    """One sequence through plain PyTorch operations, written from the description of the model."""
+def independent_forward(model, ids, length, pooled=None):
+    """One sequence through plain PyTorch operations, written from the description of the model.
+
+    length: keys that attention sees; pooled: bool [S], positions that are pooled, the same when not given.
+    """
     cfg, encoder = model.config, model.encoder
     S, H, d = cfg.sequence_length, cfg.num_head, cfg.head_dim
     x = encoder.embedding.weight[ids] + encoder.position
@@ -85,8 +88,8 @@ def independent_forward(model, ids, length):
     h = torch.nn.functional.layer_norm(
         x, x.shape[-1:], encoder.norm.weight, encoder.norm.bias, 1e-5
     )
-    pooled = h[:length].sum(0) / S
-    hidden = torch.relu(pooled @ model.head[0].weight.T + model.head[0].bias)
+    pooled = torch.arange(S) < length if pooled is None else pooled
+    hidden = torch.relu(h[pooled].sum(0) / S @ model.head[0].weight.T + model.head[0].bias)
     return hidden @ model.head[2].weight.T + model.head[2].bias
 
 
@@ -98,6 +101,19 @@ def test_dense_forward_against_an_independent_one():
         torch.testing.assert_close(
             logits[row], independent_forward(model, batch.ids[0][row], length), rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+def test_black_pixels_are_seen_by_attention_and_left_out_of_the_pooling_alone(left_out):
+    model = build(
+        model_config("image", max_seq_len=64, block_size=16, zero_pixel_is_padding=left_out)
+    )
+    ids = torch.randint(0, 3, (2, 64), generator=torch.Generator().manual_seed(0))
+    logits, _ = model(Batch([ids], [None], torch.zeros(2, dtype=torch.int64)))
+    for row in range(2):
+        pooled = ids[row] != 0 if left_out else None
+        expected = independent_forward(model, ids[row], 64, pooled)
+        torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["MEAN", "CLS"])

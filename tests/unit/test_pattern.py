@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sat import pattern
+from sat import config, pattern
 
 
 def test_pool_is_the_mean_of_each_tile():
@@ -40,7 +40,7 @@ def test_number_of_blocks_is_the_floor(n, density, count):
     assert pattern.select_blocks(torch.rand(n, n), density).sum() == count
 
 
-@pytest.mark.parametrize("source", pattern.STATIC)
+@pytest.mark.parametrize("source", config.STATIC_PATTERNS)
 @pytest.mark.parametrize(("n", "density"), [(32, 0.04), (64, 0.021), (32, 0.3), (8, 0.02)])
 def test_static_patterns_have_as_many_blocks_as_sat(source, n, density):
     def mask(seed, layer):
