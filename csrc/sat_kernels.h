@@ -63,17 +63,17 @@ typedef struct sat_problem {
   const int32_t *query_lengths;        /* [batch] real queries of each sequence; NULL: all */
   float scale;
   int32_t denominator; /* SAT_ZERO_LOGITS or SAT_RENORMALISED; dense attention ignores it */
-  int32_t dtype;       /* of every sat_tensor; sums are float32. The CPU library: SAT_FLOAT32 only */
-  float dropout_p;     /* in [0, 1); 0: no dropout */
-  uint64_t seed;       /* of the dropout; the backward takes that of its forward */
+  int32_t dtype;   /* of every sat_tensor; sums are float32. The CPU library: SAT_FLOAT32 only */
+  float dropout_p; /* in [0, 1); 0: no dropout */
+  uint64_t seed;   /* of the dropout; the backward takes that of its forward */
 } sat_problem;
 
 /* The block mask shared by batch and heads, in CSR and in CSR of its transpose; indices ascend in
  * each row. nb = length / block_size. */
 typedef struct sat_blocks {
-  int64_t block_size;                 /* 16, 32 or 64; divides length */
-  const int32_t *row_ptr, *col_idx;   /* [nb + 1], [selected blocks] */
-  const int32_t *col_ptr, *row_idx;   /* [nb + 1], [selected blocks]; only the backward reads them */
+  int64_t block_size;               /* 16, 32 or 64; divides length */
+  const int32_t *row_ptr, *col_idx; /* [nb + 1], [selected blocks] */
+  const int32_t *col_ptr, *row_idx; /* [nb + 1], [selected blocks]; only the backward reads them */
 } sat_blocks;
 
 enum { SAT_ZERO_LOGITS = 0, SAT_RENORMALISED = 1 };
@@ -100,27 +100,28 @@ SAT_API void sat_set_num_threads(int num_threads);
 /* o: output like q; lse, lse_rest: float32 [batch, heads, length], contiguous. */
 SAT_API int sat_block_sparse_forward(const sat_problem *problem, const sat_blocks *blocks,
                                      const sat_tensor *q, const sat_tensor *k, const sat_tensor *v,
-                                     const sat_tensor *o, float *lse, float *lse_rest, void *stream);
+                                     const sat_tensor *o, float *lse, float *lse_rest,
+                                     void *stream);
 
 /* Gradients dq, dk, dv (every element is written) for the gradient d_o of o. delta: scratch of
  * float32 [batch, heads, length] that the CUDA library needs and the CPU library does not touch. */
 SAT_API int sat_block_sparse_backward(const sat_problem *problem, const sat_blocks *blocks,
-                                      const sat_tensor *q, const sat_tensor *k,
-                                      const sat_tensor *v, const sat_tensor *o, const float *lse,
-                                      const float *lse_rest, const sat_tensor *d_o,
-                                      const sat_tensor *dq, const sat_tensor *dk,
-                                      const sat_tensor *dv, float *delta, void *stream);
+                                      const sat_tensor *q, const sat_tensor *k, const sat_tensor *v,
+                                      const sat_tensor *o, const float *lse, const float *lse_rest,
+                                      const sat_tensor *d_o, const sat_tensor *dq,
+                                      const sat_tensor *dk, const sat_tensor *dv, float *delta,
+                                      void *stream);
 
 /* map: NULL, or float32 [length, length]: the mean of p over batch and heads. */
 SAT_API int sat_dense_forward(const sat_problem *problem, const sat_tensor *q, const sat_tensor *k,
                               const sat_tensor *v, const sat_tensor *o, float *lse, float *lse_rest,
                               float *map, void *stream);
 
-SAT_API int sat_dense_backward(const sat_problem *problem, const sat_tensor *q,
-                               const sat_tensor *k, const sat_tensor *v, const sat_tensor *o,
-                               const float *lse, const float *lse_rest, const sat_tensor *d_o,
-                               const sat_tensor *dq, const sat_tensor *dk, const sat_tensor *dv,
-                               float *delta, void *stream);
+SAT_API int sat_dense_backward(const sat_problem *problem, const sat_tensor *q, const sat_tensor *k,
+                               const sat_tensor *v, const sat_tensor *o, const float *lse,
+                               const float *lse_rest, const sat_tensor *d_o, const sat_tensor *dq,
+                               const sat_tensor *dk, const sat_tensor *dv, float *delta,
+                               void *stream);
 
 /* The rows of a layer beside attention. Only the CPU library has what follows. */
 

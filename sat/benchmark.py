@@ -42,6 +42,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, action="append", help=f"default: {BATCHES}")
     parser.add_argument("--length", type=int, action="append", help=f"default: {LENGTHS}")
     parser.add_argument("--block-size", type=int, action="append", help=f"default: {BLOCKS}")
+    parser.add_argument("--width", type=int, default=WIDTH, help=f"of a head (default: {WIDTH})")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each (default: 7)")
     parser.add_argument("--no-flex", action="store_true", help="leave out FlexAttention")
@@ -128,6 +129,21 @@ def _extra_bytes(call) -> int | None:
         return None
 
 
+def _largest_error(function, inputs) -> dict[str, float]:
+    """Pass -> largest error against float64, relative to the largest value, on the first sequence."""
+    import torch
+
+    from sat.attention.selection import relative_error
+
+    results = []
+    for dtype in (torch.float64, torch.float32):  # float64 goes through `reference`
+        *leaves, d_o = (x[:1].to(dtype).detach() for x in inputs)
+        o = function(*(x.requires_grad_() for x in leaves))
+        results.append([o.detach(), *torch.autograd.grad(o, leaves, d_o)])
+    errors = [relative_error(*pair) for pair in zip(*results, strict=True)]
+    return {"forward": errors[0], "forward+backward": max(errors)}
+
+
 def _status(key: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
@@ -206,7 +222,7 @@ def attention(options: argparse.Namespace) -> dict:
     for length in lengths:
         for batch in batches:
             generator = torch.Generator().manual_seed(0)
-            shape = (batch, HEADS, length, WIDTH)
+            shape = (batch, HEADS, length, options.width)
             inputs = [torch.randn(shape, generator=generator) for _ in range(4)]
             calls, rows = {}, []
             torch.compiler.reset()  # of FlexAttention, before it has seen too many shapes
@@ -224,6 +240,8 @@ def attention(options: argparse.Namespace) -> dict:
                     print(f"no FlexAttention: {str(error).splitlines()[0]}", file=sys.stderr)
                     use_flex = False
                     continue
+                exact = name in ("sat", "sat dense")
+                errors = _largest_error(function, inputs) if exact else {}
                 for kind, call in kinds.items():
                     key = len(rows)
                     calls[key] = call
@@ -234,11 +252,12 @@ def attention(options: argparse.Namespace) -> dict:
                             "batch": batch,
                             "heads": HEADS,
                             "length": length,
-                            "width": WIDTH,
+                            "width": options.width,
                             "block_size": block,
                             "density": density,
                             "selected": selected,
                             "extra_bytes": _extra_bytes(call),
+                            "largest_error": errors.get(kind),
                         }
                     )
             seconds = _measure(calls, options.rounds, clock)

@@ -388,8 +388,9 @@ struct ForwardScratch {
 
 // Adds a chunk to the unnormalised output and row sums of a strip: weights exp2(score - shift).
 template <bool kShifted, class Strip, class Keys, class Width>
-SAT_ALONE void weigh_chunk(const Plan &plan, const Place &place, Strip strip, Keys keys, Width width,
-                           bool fresh, const Place &next, float *weights, ForwardScratch &s) {
+SAT_ALONE void weigh_chunk(const Plan &plan, const Place &place, Strip strip, Keys keys,
+                           Width width, bool fresh, const Place &next, float *weights,
+                           ForwardScratch &s) {
   const Call &call = plan.call;
   const float *next_k = at(call.k, next, next.key), *next_v = at(call.v, next, next.key);
   const float *next_q = at(call.q, next, next.index * strip);
@@ -432,18 +433,18 @@ template <bool kShifted>
 void weigh(const Plan &plan, int64_t batch, int64_t head, int64_t index, bool keep,
            ForwardScratch &s) {
   const int64_t width = plan.call.problem.width, strip = plan.strip;
-  plan.for_each_chunk(
-      batch, head, index,
-      [&](const Place &place, int64_t n, bool fresh, const Place &next) SAT_LAMBDA {
-        float *weights = s.weights + (keep ? place.key * strip : 0);
-        const auto weigh = [&](auto strip, auto keys, auto width) SAT_LAMBDA {
-          weigh_chunk<kShifted>(plan, place, strip, keys, width, fresh, next, weights, s);
-        };
-        if constexpr (kShifted)  // the exception
-          weigh(strip, n, width);
-        else
-          with_known_sizes(strip, n, width, weigh);
-      });
+  plan.for_each_chunk(batch, head, index,
+                      [&](const Place &place, int64_t n, bool fresh, const Place &next) SAT_LAMBDA {
+                        float *weights = s.weights + (keep ? place.key * strip : 0);
+                        const auto weigh = [&](auto strip, auto keys, auto width) SAT_LAMBDA {
+                          weigh_chunk<kShifted>(plan, place, strip, keys, width, fresh, next,
+                                                weights, s);
+                        };
+                        if constexpr (kShifted)  // the exception
+                          weigh(strip, n, width);
+                        else
+                          with_known_sizes(strip, n, width, weigh);
+                      });
 }
 
 // shift[r] = the largest score of row r (in units of log 2).
@@ -606,7 +607,8 @@ int64_t prepare(const Plan &plan, int64_t batch, int64_t head, int64_t index, Ba
   std::memset(s.delta, 0, strip * sizeof(float));
   const int64_t place = (batch * problem.heads + head) * problem.length + first;
   for (int64_t r = 0; r < rows; ++r) {
-    const double exact = (static_cast<double>(call.lse[place + r]) + call.lse_rest[place + r]) * kLog2e;
+    const double exact =
+        (static_cast<double>(call.lse[place + r]) + call.lse_rest[place + r]) * kLog2e;
     s.norm[r] = static_cast<float>(exact);
     s.norm_rest[r] = static_cast<float>(exact - s.norm[r]);
   }
@@ -657,12 +659,10 @@ SAT_ALONE void backward_tile_of(const Plan &plan, const Place &place, Strip stri
   const bool dropout = plan.threshold > 0, new_strip = next.index != place.index;
   const bool jump = new_strip || next.key != j + strip;
   if (dropout) s.dropout.draw(plan, j, keys);
-  const auto ahead = [&](auto &column, const sat_tensor &t, int64_t row) SAT_LAMBDA {
-    prefetch<0>(column, at(t, next, row), t.row_stride, width);
-  };
-  const auto touch = [&](auto &column, const sat_tensor &t, int64_t row) SAT_LAMBDA {
-    prefetch<1>(column, at(t, next, row), t.row_stride, width);
-  };
+  const auto ahead = [&](auto &column, const sat_tensor &t, int64_t row)
+                         SAT_LAMBDA { prefetch<0>(column, at(t, next, row), t.row_stride, width); };
+  const auto touch = [&](auto &column, const sat_tensor &t, int64_t row)
+                         SAT_LAMBDA { prefetch<1>(column, at(t, next, row), t.row_stride, width); };
   product(keys, strip, k, call.k.row_stride, 1, s.q, strip, width,
           [&](int64_t i, int64_t c, auto &column) SAT_LAMBDA {
             if (turn(strip, c, 0) && jump) ahead(column, call.k, next.key + i);
@@ -705,7 +705,8 @@ SAT_ALONE void backward_tile_of(const Plan &plan, const Place &place, Strip stri
     add_product(sides.fresh_q, strip, width, s.d_scores, 1, strip, k, call.k.row_stride, keys,
                 sides.dq, sides.dq_row);
   if (sides.key_side) {
-    const auto add = [&](const float *weights, const sat_tensor &x, const sat_tensor &to) SAT_LAMBDA {
+    const auto add = [&](const float *weights, const sat_tensor &x,
+                         const sat_tensor &to) SAT_LAMBDA {
       add_product(sides.fresh_k, keys, width, weights, strip, 1, at(x, place, first), x.row_stride,
                   rows, at(to, place.batch, place.head, j), to.row_stride);
     };
@@ -747,16 +748,16 @@ void backward_strip(const Plan &plan, int64_t batch, int64_t head, int64_t index
   if (rows == 0) return;
   float *dq = at(call.dq, batch, head, first);
   const bool in_place = rows == strip;
-  plan.for_each_chunk(
-      batch, head, index, [&](const Place &place, int64_t n, bool fresh, const Place &next) {
-        const Sides sides = {true,
-                             fresh,
-                             key_side,
-                             plan.first_strip(place.key / strip) == index,
-                             in_place ? dq : s.dq,
-                             in_place ? call.dq.row_stride : width};
-        backward_tile(plan, place, n, rows, next, sides, s);
-      });
+  plan.for_each_chunk(batch, head, index,
+                      [&](const Place &place, int64_t n, bool fresh, const Place &next) {
+                        const Sides sides = {true,
+                                             fresh,
+                                             key_side,
+                                             plan.first_strip(place.key / strip) == index,
+                                             in_place ? dq : s.dq,
+                                             in_place ? call.dq.row_stride : width};
+                        backward_tile(plan, place, n, rows, next, sides, s);
+                      });
   if (in_place) return;
   for (int64_t r = 0; r < rows; ++r)
     std::memcpy(dq + r * call.dq.row_stride, s.dq + r * width, width * sizeof(float));

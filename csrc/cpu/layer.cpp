@@ -51,7 +51,8 @@ struct Factors {
   }
   SAT_INLINE Vec at(int64_t channel) const {
     const WordVec number = element_number(low + 0x9E3779B9u * static_cast<uint32_t>(channel), high);
-    const IntVec small = reinterpret_cast<IntVec>(number);  // below 2^24: signed will do, and is quicker
+    const IntVec small =
+        reinterpret_cast<IntVec>(number);  // below 2^24: signed will do, and is quicker
     return small < static_cast<int32_t>(threshold) ? Vec{} : kept;
   }
 };
@@ -174,9 +175,8 @@ int parallel_sums(int64_t chunks, int num_threads, int64_t size, float *total, B
   if (chunks == 0) return SAT_OK;
   float *sums = static_cast<float *>(std::calloc(chunks * size, sizeof(float)));
   if (!sums) return SAT_NO_MEMORY;
-  const int status = parallel(chunks, num_threads, 16, [&](int64_t chunk, float *) {
-    body(chunk, sums + chunk * size);
-  });
+  const int status = parallel(chunks, num_threads, 16,
+                              [&](int64_t chunk, float *) { body(chunk, sums + chunk * size); });
   for (int64_t chunk = 0; chunk < chunks; ++chunk)
     for (int64_t d = 0; d < size; ++d) total[d] += sums[chunk * size + d];
   std::free(sums);
@@ -259,16 +259,16 @@ int gelu_forward(const Gelu &c) {
 
 int gelu_backward(const Gelu &c) {
   const Rows rows(c.rows);
-  return parallel_sums(
-      rows.chunks(), c.num_threads, c.rows.width, c.sums, [&](int64_t chunk, float *sums) {
-        const int64_t end = least((chunk + 1) * kChunk, rows.count());
-        for (int64_t row = chunk * kChunk; row < end; ++row) {
-          if (rows.threshold > 0)
-            gelu_row_backward(c, rows, row, sums, std::true_type());
-          else
-            gelu_row_backward(c, rows, row, sums, std::false_type());
-        }
-      });
+  return parallel_sums(rows.chunks(), c.num_threads, c.rows.width, c.sums,
+                       [&](int64_t chunk, float *sums) {
+                         const int64_t end = least((chunk + 1) * kChunk, rows.count());
+                         for (int64_t row = chunk * kChunk; row < end; ++row) {
+                           if (rows.threshold > 0)
+                             gelu_row_backward(c, rows, row, sums, std::true_type());
+                           else
+                             gelu_row_backward(c, rows, row, sums, std::false_type());
+                         }
+                       });
 }
 
 // Sums over a map in double precision, a row at a time; see sat_map_sums.

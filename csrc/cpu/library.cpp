@@ -21,7 +21,8 @@ struct Candidate {
   bool (*supported)();
 };
 
-const Candidate candidates[] = {  // best first
+const Candidate candidates[] = {
+// best first
 #if defined(__x86_64__)
     {&sat::avx512::instruction_set, &sat::avx512::layer_set, has_avx512},
     {&sat::avx2::instruction_set, &sat::avx2::layer_set, has_avx2},
@@ -67,8 +68,8 @@ int forward(const sat_problem *problem, const sat_blocks *blocks, const sat_tens
             const sat_tensor *k, const sat_tensor *v, const sat_tensor *o, float *lse,
             float *lse_rest, float *map) {
   if (const int status = check(*problem, blocks)) return status;
-  const Call call = {*problem, blocks, *q,  *k,       *v,  *o,         {},
-                     {},       {},     {},  lse, lse_rest, map, num_threads};
+  const Call call = {*problem, blocks, *q, *k,  *v,       *o,  {},
+                     {},       {},     {}, lse, lse_rest, map, num_threads};
   return choose(problem->width).forward(call);
 }
 
@@ -77,8 +78,20 @@ int backward(const sat_problem *problem, const sat_blocks *blocks, const sat_ten
              const float *lse_rest, const sat_tensor *d_o, const sat_tensor *dq,
              const sat_tensor *dk, const sat_tensor *dv) {
   if (const int status = check(*problem, blocks)) return status;
-  const Call call = {*problem, blocks, *q, *k, *v, *o, *d_o, *dq, *dk, *dv,
-                     const_cast<float *>(lse), const_cast<float *>(lse_rest), nullptr, num_threads};
+  const Call call = {*problem,
+                     blocks,
+                     *q,
+                     *k,
+                     *v,
+                     *o,
+                     *d_o,
+                     *dq,
+                     *dk,
+                     *dv,
+                     const_cast<float *>(lse),
+                     const_cast<float *>(lse_rest),
+                     nullptr,
+                     num_threads};
   return choose(problem->width).backward(call);
 }
 
@@ -139,16 +152,17 @@ int sat_norm_forward(const sat_rows *rows, const float *y, const float *y_bias,
                      int64_t y_bias_stride, const float *x, const float *weight, const float *bias,
                      float *x_out, float *h, float *statistics) {
   if (const int status = check(*rows)) return status;
-  return layer(rows->width).norm_forward(
-      {*rows, y, y_bias, y_bias_stride, x, weight, bias, x_out, h, statistics, num_threads});
+  return layer(rows->width)
+      .norm_forward(
+          {*rows, y, y_bias, y_bias_stride, x, weight, bias, x_out, h, statistics, num_threads});
 }
 
 int sat_norm_backward(const sat_rows *rows, const float *d_x_out, const float *d_h,
                       const float *x_out, const float *weight, const float *statistics, float *dx,
                       float *dy, float *sums) {
   if (const int status = check(*rows)) return status;
-  return layer(rows->width).norm_backward(
-      {*rows, d_x_out, d_h, x_out, weight, statistics, dx, dy, sums, num_threads});
+  return layer(rows->width)
+      .norm_backward({*rows, d_x_out, d_h, x_out, weight, statistics, dx, dy, sums, num_threads});
 }
 
 int sat_gelu_forward(const sat_rows *rows, const float *u, const float *bias, float *out) {

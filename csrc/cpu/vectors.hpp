@@ -103,8 +103,7 @@ SAT_INLINE void transpose(Vec (&rows)[kLanes]) {
   if constexpr (Step < kLanes) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i)
-      if (!(i & Step))
-        exchange<Step>(rows[i], rows[i + Step], std::make_index_sequence<kLanes>());
+      if (!(i & Step)) exchange<Step>(rows[i], rows[i + Step], std::make_index_sequence<kLanes>());
     transpose<2 * Step>(rows);
   }
 }
@@ -148,9 +147,7 @@ SAT_INLINE WordVec element_number(WordVec x, WordVec high) {
 }
 
 // t of sat_kernels.h, and the factor of an element that is not dropped.
-SAT_INLINE uint32_t dropout_threshold(float p) {
-  return static_cast<uint32_t>(p * 0x1p24 + 0.5);
-}
+SAT_INLINE uint32_t dropout_threshold(float p) { return static_cast<uint32_t>(p * 0x1p24 + 0.5); }
 SAT_INLINE float dropout_kept(uint32_t threshold) {
   return threshold < 1 << 24 ? static_cast<float>(0x1p24 / (0x1p24 - threshold)) : 0.0f;
 }

@@ -323,7 +323,7 @@ __device__ __forceinline__ void accumulate_tf32(Weights<S> &weights,
       for (int n = 0; n < S::pieces; ++n) multiply_add(a, b[n][t / 8], part[n]);
     }
     hand_over<S>(part, l, 0, weights);
-    __syncwarp();  // the sums are there
+    __syncwarp();                    // the sums are there
     if (p.lane / 4 == d / 16 % 2) {  // float4 e of a thread begins at 4 lane + 32 e
 #pragma unroll
       for (int a = 0; a < S::owned; ++a) {

@@ -1,9 +1,10 @@
-"""The CPU kernels as programs of their own: under sanitizers, with 16 lanes, and on arm64.
+"""The CPU kernels as programs of their own: under sanitizers, with 16 lanes, on old processors, on arm64.
 
 tests/sanitizers/cpu_kernels.cpp calls them with tensors of exactly the size they need, tests/emulation/
 check.cpp compares them with loops in double. What a machine without AVX-512 cannot run, its
 instructions, is left out: there the code of AVX-512, 16 lanes, is compiled to AVX2. On x86-64 the
-kernels of arm64 run in an emulator where it and a compiler are installed:
+library also runs on older processors than this one, and the kernels of arm64 on one of those, in an
+emulator, where it and a compiler are installed:
 
     apt-get install g++-aarch64-linux-gnu qemu-user-static
 """
@@ -90,6 +91,22 @@ def test_no_access_outside_a_tensor_and_no_undefined_behaviour(sanitized):
 @pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
 def test_every_number_of_lanes_gives_the_numbers_of_double_precision(sanitized, name, case):
     assert "largest error" in run(sanitized / "check", *case, name)
+
+
+@pytest.mark.parametrize(
+    ("processor", "name"),
+    [("core2duo", "baseline"), ("SandyBridge", "baseline"), ("Haswell", "avx2")],
+)
+def test_the_library_built_here_runs_on_an_older_processor(kernels_dir, tmp_path, processor, name):
+    emulator = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
+    if platform.machine() != "x86_64" or not emulator:
+        pytest.skip("no x86-64, or no emulator of it, see above")
+    program = tmp_path / "check"
+    sources = [ROOT / "tests/emulation/check.cpp", kernels_dir / "libsat_cpu.so"]
+    compiler = os.environ.get("CXX") or shutil.which("c++")
+    options = ["-std=c++17", f"-Wl,-rpath,{kernels_dir}", "-o", program]
+    subprocess.run([compiler, *sources, *options], check=True)
+    assert f"{name}, largest error" in run(emulator, "-cpu", processor, program, *CASES[2], "auto")
 
 
 @pytest.fixture(scope="module")

@@ -58,11 +58,11 @@ def markdown(record: dict, frame: pd.DataFrame) -> str:
         "what we ask for, `!` neither.",
         "",
         "| batch | length | block | density | forward+backward | forward | over gather + bmm, "
-        "forward+backward | over FlexAttention, forward | half padded, time |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "forward+backward | over FlexAttention, forward | half padded, time | largest error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     indexed = frame.set_index(CALL)
-    times, speedups = indexed.seconds, indexed.speedup
+    times, speedups, errors = indexed.seconds, indexed.speedup, indexed.largest_error
     ours = frame[(frame.implementation == "sat") & (frame["pass"] == "forward")]
     for row in ours.to_dict("records"):
         place = (*(row[key] for key in KEY), row["block_size"], row["density"])
@@ -81,6 +81,8 @@ def markdown(record: dict, frame: pd.DataFrame) -> str:
             times[name, "forward+backward", *place] for name in ("sat half padded", "sat")
         )
         cells.append(f"{padded / whole:.2f}{'*' if padded / whole <= 0.65 else '!'}")
+        error = errors["sat", "forward+backward", *place]
+        cells.append(f"{error:.1e}{'**' if error <= 4e-6 else '*' if error <= 1e-5 else '!'}")
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
