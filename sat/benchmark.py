@@ -117,7 +117,7 @@ def _forward_backward(function, inputs):
     return run
 
 
-def _extra_bytes(call) -> int | None:
+def extra_bytes(call) -> int | None:
     """Most memory that a call held at once beyond what there was before it; None if not known."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -256,7 +256,7 @@ def attention(options: argparse.Namespace) -> dict:
                             "block_size": block,
                             "density": density,
                             "selected": selected,
-                            "extra_bytes": _extra_bytes(call),
+                            "extra_bytes": extra_bytes(call),
                             "largest_error": errors.get(kind),
                         }
                     )

@@ -252,14 +252,14 @@ def peak_bytes(way: str, task: str, batch: int) -> int:
 def measure_peak(way: str, task: str, batch: int) -> int:
     import torch
 
-    from sat.benchmark import _extra_bytes, _status
+    from sat.benchmark import _status, extra_bytes
 
     config = settings(task)
     torch.set_num_threads(1)
     small = random_batch(config, 1)
     call = steps(config, random_batch(config, batch))[way]
     plain_step(config, small, False)()  # loads libraries, starts threads
-    extra = _extra_bytes(call)
+    extra = extra_bytes(call)
     return extra if extra is not None else _status("VmHWM:")
 
 

@@ -21,8 +21,8 @@ struct Candidate {
   bool (*supported)();
 };
 
-const Candidate candidates[] = {
 // best first
+const Candidate candidates[] = {
 #if defined(__x86_64__)
     {&sat::avx512::instruction_set, &sat::avx512::layer_set, has_avx512},
     {&sat::avx2::instruction_set, &sat::avx2::layer_set, has_avx2},

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sat.attention as attention
-from sat import backends
+from sat import backends, benchmark
 from sat.attention import kernels, selection
 
 pytestmark = pytest.mark.usefixtures("kernels_dir")
@@ -136,6 +136,26 @@ def test_gradients_reach_a_packed_qkv():
         # sum() gives an expanded gradient, whose strides are 0
         gradients.append(torch.autograd.grad(o.sum(), leaf)[0])
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("call", "returned"),
+    [(sparse(torch.eye(128, dtype=torch.bool), 32), 0), (dense(), 4 * 4096**2)],
+    ids=["sparse", "dense"],
+)
+def test_nothing_of_the_size_of_the_scores_is_held(call, returned):
+    *qkv, d_o = random((1, 2, 4096, 32))
+    leaves = [x.requires_grad_() for x in qkv]
+
+    def forward_and_backward():
+        return torch.autograd.grad(call("cpu", *leaves)[0], leaves, d_o)
+
+    forward_and_backward()  # loads what stays
+    extra = benchmark.extra_bytes(forward_and_backward)
+    if extra is None:
+        pytest.skip("the most memory that a call holds is known on Linux only")
+    # Output, gradients and the map, if any; the scores would be 64 MiB a head.
+    assert extra < 4 * d_o.nbytes + returned + 2**23
 
 
 def test_odd_strides():
