@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from sat import seal
 from sat.config import ConfigError, RunConfig
 
 SPLITS = ("train", "dev", "test")
@@ -185,17 +185,15 @@ def load(folder: Path) -> tuple[dict, dict[str, Split]]:
     """
     folder = Path(folder)
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = seal.read(folder / "manifest.json", f"delete {folder} and preprocess again")
     except FileNotFoundError:
         run = folder.parent.name
         overlay = "" if run == "lra" else f" --configfile config/{run}.yaml"
         raise DataError(
             f"no processed data in {folder}; make them with: snakemake {folder}/manifest.json --cores 2{overlay}"
         ) from None
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{folder}/manifest.json is not valid JSON ({error}); delete it and preprocess again"
-        ) from None
+    except ValueError as error:
+        raise DataError(str(error)) from None
     splits = {}
     try:
         padded, id_offset = manifest["padding_id"] is not None, manifest.get("id_offset", 0)
@@ -249,11 +247,7 @@ def check_fits(config: RunConfig, manifest: dict) -> None:
 
 def _identity(path: Path) -> dict[str, int | str]:
     """Size and hash of a file: a flipped bit in the data would be a wrong number in the table."""
-    with open(path, "rb") as file:
-        return {
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
+    return {"bytes": path.stat().st_size, "sha256": seal.file_sha256(path)}
 
 
 def data_digest(manifest: dict) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 
-from sat import data, devices, memory, runtime
+from sat import data, devices, memory, runtime, seal
 from sat.config import RunConfig, filled_in
 from sat.launch import is_main
 from sat.model import Classifier, loss_and_hits
@@ -109,12 +110,13 @@ def load_run(
 ) -> tuple[RunConfig, Classifier, list[torch.Tensor] | None]:
     """(settings, model, block masks or None when the run ended dense) of a finished run.
 
-    The settings are those that the run was trained with. Raises data.DataError when the run is not finished.
+    The settings are those that the run was trained with. Raises data.DataError when the run is not finished or a file
+    of it is not what was written.
     """
     folder = Path(folder)
     check_finished(folder)
+    num_inputs = read_metrics(folder, RUN_FILES[1:])["num_inputs"]
     config = settings_of(folder)
-    num_inputs = json.loads((folder / "metrics.json").read_text())["num_inputs"]
     model = Classifier(
         config.model,
         num_inputs,
@@ -129,6 +131,15 @@ def load_run(
 
 
 RUN_FILES = ("metrics.json", "config.json", "model.safetensors", "pattern.safetensors")
+SEALED_FILES = (*RUN_FILES[1:], "history.jsonl")  # metrics.json holds their hashes
+
+
+def read_metrics(folder: Path, names: Iterable[str] = ()) -> dict:
+    """metrics.json of a finished run. Raises data.DataError when it or a file of `names` is not what was written."""
+    try:
+        return seal.read(folder / "metrics.json", "train the run again", names)
+    except ValueError as error:
+        raise data.DataError(str(error)) from None
 
 
 def check_finished(folder: Path, command: str | None = None) -> None:
@@ -161,7 +172,7 @@ def evaluate_run(
     folder = Path(folder)
     check_finished(folder)
     manifest, splits = data.load(data_dir)
-    trained_on = json.loads((folder / "metrics.json").read_text())["data_sha256"]
+    trained_on = read_metrics(folder, ["config.json"])["data_sha256"]
     if data.data_digest(manifest) != trained_on:
         logger.warning("the data in %s are not those that the run was trained on", data_dir)
     config = settings_of(folder)

@@ -9,6 +9,8 @@ import json
 import re
 from pathlib import Path
 
+from sat import seal
+
 FILE = "failed.json"
 
 
@@ -36,5 +38,5 @@ def record(folder: Path, settings: dict, error: Exception) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{FILE}.partial"
-    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.write_text(json.dumps(seal.add(content), indent=2) + "\n")
     partial.replace(folder / FILE)

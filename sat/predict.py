@@ -35,7 +35,7 @@ import torch
 from sat import runtime
 from sat.config import ROOT
 from sat.data import Batch, DataError
-from sat.evaluation import batch_size, load_run
+from sat.evaluation import batch_size, load_run, read_metrics
 from sat.launch import with_allocator_settings
 
 # The one piece of code that encodes: the scripts that preprocess use it too.
@@ -53,7 +53,7 @@ class Predictor:
         self.device = runtime.make_accelerator(device, threads).device
         self.config, self.model, self.masks = load_run(folder, self.device)
         self.model.eval()
-        metrics = json.loads((folder / "metrics.json").read_text())
+        metrics = read_metrics(folder)
         self.num_inputs = metrics["num_inputs"]
         self.input = metrics.get("input") or {}
         if self.input.get("input_type") not in ("text", "image"):

@@ -29,11 +29,11 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 
-from sat import checkpoint, data, devices, interruption, memory, runtime
+from sat import checkpoint, data, devices, interruption, memory, runtime, seal
 from sat.attention import selection
 from sat.attention.dropout import sequences_from
 from sat.config import RunConfig, digest
-from sat.evaluation import RUN_FILES, baseline, batch_size, chance, evaluate
+from sat.evaluation import RUN_FILES, SEALED_FILES, baseline, batch_size, chance, evaluate
 from sat.interruption import Interrupted, Stop
 from sat.launch import is_main
 from sat.model import Classifier, loss_and_hits, num_parameters
@@ -539,6 +539,7 @@ def train(
         lambda path: safetensors.torch.save_file(patterns, str(path)),
     )
     os.replace(unfinished.history_path, output_dir / "history.jsonl")
+    seal.add(metrics, output_dir, SEALED_FILES)
     _write(output_dir / "metrics.json", lambda path: path.write_text(_json(metrics)))
     checkpoint.remove(output_dir)
     say(

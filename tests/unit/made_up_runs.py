@@ -9,6 +9,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from sat import config as settings
+from sat import seal
+
+SEALED_FILES = ("config.json", "history.jsonl", "model.safetensors", "pattern.safetensors")
 
 NUM_BLOCKS = 4
 MASKS = np.zeros((2, NUM_BLOCKS, NUM_BLOCKS), np.uint8)  # two layers
@@ -117,8 +120,15 @@ def write_metrics(output_dir: Path, metrics: dict[str, Any]) -> Path:
     name = f"{metrics['task']}/{metrics['attention']}/seed{metrics['seed']}"
     path = output_dir / "runs" / name / "metrics.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(metrics))
+    path.write_text(json.dumps(seal.add(dict(metrics))))
     return path
+
+
+def seal_run(run_dir: Path) -> None:
+    """Give a run folder that was written or changed the checksums of its files."""
+    path = run_dir / "metrics.json"
+    names = [name for name in SEALED_FILES if (run_dir / name).is_file()]
+    path.write_text(json.dumps(seal.add(json.loads(path.read_text()), run_dir, names)))
 
 
 def write_run(
@@ -161,6 +171,7 @@ def write_run(
             if pooled:
                 tensors[f"pooled_layer_{layer}"] = (mask + 0.1).astype(np.float32)
     save_file(tensors, run_dir / "pattern.safetensors")
+    seal_run(run_dir)
     return run_dir
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from sat import seal
+
 KINDS = {
     "listops": {"num_classes": 10, "vocab_size": 16, "padding_id": 0, "ids": pa.uint8()},
     "text": {"num_classes": 2, "vocab_size": 257, "padding_id": 0, "ids": pa.uint8()},
@@ -55,7 +57,7 @@ def write_processed(
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "label_counts": counts,
         }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(seal.add(manifest)))
 
 
 def repeated_symbol(task: str, sizes: dict[str, int], length: int, seed: int = 0) -> dict:

@@ -12,6 +12,8 @@ import pytest
 import tables
 from made_up_runs import make_config, make_metrics, write_metrics
 
+from sat import seal
+
 
 def table_of(tmp_path, all_metrics, config, allow_missing=False):
     """The rows that the files of `all_metrics`, in random order, give."""
@@ -377,7 +379,7 @@ def test_the_baseline_of_listops_counts_where_it_is_higher_than_chance(tmp_path)
 def test_a_run_with_other_settings_gets_no_row(tmp_path):
     config = make_config(tasks=["listops"], attentions=["softmax"], seeds=[1])
     path = tmp_path / "metrics.json"
-    path.write_text(json.dumps(make_metrics("listops", seed=1)))
+    path.write_text(json.dumps(seal.add(make_metrics("listops", seed=1))))
     digests = {"listops/softmax/seed1": "c" * 64}
     assert collect.read_runs([path], config | {"digests": digests}, tmp_path, False)
     digests = {"listops/softmax/seed1": "d" * 64}
@@ -409,7 +411,7 @@ def write_failure(folder, task, attention, seed, kind="out of memory", step=120)
     path = folder / "runs" / task / attention / f"seed{seed}" / "failed.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     failure = {"task": task, "attention": attention, "seed": seed, "kind": kind, "step": step}
-    path.write_text(json.dumps(failure | {"message": "no room"}))
+    path.write_text(json.dumps(seal.add(failure | {"message": "no room"})))
     return path
 
 

@@ -7,7 +7,7 @@ import collect
 import compare
 import pytest
 import tables
-from made_up_runs import make_config, make_metrics, write_run
+from made_up_runs import make_config, make_metrics, seal_run, write_run
 
 from sat.config import ROOT
 
@@ -110,6 +110,7 @@ def test_ablation_finds_settings_nobody_foresaw(tmp_path):
     settings = json.loads((folder / "config.json").read_text())
     settings["training"]["skewness"] = 9.5
     (folder / "config.json").write_text(json.dumps(settings))
+    seal_run(folder)
     paths = [folder / "metrics.json", write_run(tmp_path, runs[0]) / "metrics.json"]
     found = collect.read_runs(paths, config, tmp_path / "runs", False)
     rows = compare.ablation_rows(found, collect.build_table(found, config), config)

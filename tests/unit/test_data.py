@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processed import write_processed
 
-from sat import data
+from sat import data, seal
 
 
 @settings(max_examples=25)
@@ -92,10 +92,11 @@ def test_files_that_do_not_match_their_manifest(tmp_path):
     (tmp_path / "dev.arrow").write_bytes(whole)
 
     manifest["splits"]["dev"]["rows"] = 3
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "manifest.json").write_text(json.dumps(seal.add(manifest)))
     with pytest.raises(data.DataError, match="2 rows"):
         data.load(tmp_path)
-    for broken, words in (("{", "valid JSON"), ("{}", "no manifest"), ("[1]", "no manifest")):
+    empty = json.dumps(seal.add({}))
+    for broken, words in (("{", "not JSON"), (empty, "no manifest"), ("[1]", "expected an object")):
         (tmp_path / "manifest.json").write_text(broken)
         with pytest.raises(data.DataError, match=words):
             data.load(tmp_path)

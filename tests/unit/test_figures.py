@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 import pytest
 import summary_figures
-from made_up_runs import MASKS, make_config, make_metrics, write_run
+from made_up_runs import MASKS, make_config, make_metrics, seal_run, write_run
 
 SCRIPT = Path(figures.__file__)
 FILES = sorted(f"{name}.{form}" for name in figures.DRAWINGS for form in ("svg", "png"))
@@ -159,6 +159,7 @@ def test_a_malformed_line_is_named(run_dirs, line, message):
     path = run_dirs[0] / "history.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:2], line, *lines[2:]]) + "\n")
+    seal_run(run_dirs[0])
     with pytest.raises(ValueError) as error:
         draw(run_dirs, make_config())
     assert str(error.value).startswith(f"{path}: line 3: {message}")
@@ -171,6 +172,7 @@ def test_a_malformed_line_is_named(run_dirs, line, message):
 def test_a_history_that_cannot_be_drawn_is_refused(run_dirs, lines, message):
     path = run_dirs[0] / "history.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[lines]))
+    seal_run(run_dirs[0])
     with pytest.raises(ValueError, match=message):
         draw(run_dirs, make_config())
 
@@ -178,9 +180,11 @@ def test_a_history_that_cannot_be_drawn_is_refused(run_dirs, lines, message):
 def test_a_pattern_that_is_not_the_runs_is_refused(run_dirs):
     path = run_dirs[3] / "pattern.safetensors"
     path.write_bytes((run_dirs[2] / "pattern.safetensors").read_bytes())
+    seal_run(run_dirs[3])
     with pytest.raises(ValueError, match=r"layer_0: expected shape \(4, 4\), found nothing"):
         draw(run_dirs, make_config())
     path.write_bytes(b"no tensors")
+    seal_run(run_dirs[3])
     with pytest.raises(ValueError, match="not a safetensors file"):
         draw(run_dirs, make_config())
 

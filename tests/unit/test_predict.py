@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import sat
-from sat import config, data, evaluation, predict
+from sat import config, data, evaluation, predict, seal
 from sat.model import Classifier
 
 sys.path.append(str(config.ROOT / "workflow/scripts"))
@@ -49,7 +49,8 @@ def save_run(folder, task, attention="sat", num_inputs=1, **described):
     (folder / "config.json").write_text(json.dumps(settings))
     entry = {"max_length": settings["dataset"]["max_length"], "id_offset": 0, "options": {}}
     entry |= {"symbols": None, "classes": None} | described
-    (folder / "metrics.json").write_text(json.dumps({"num_inputs": num_inputs, "input": entry}))
+    metrics = seal.add({"num_inputs": num_inputs, "input": entry})
+    (folder / "metrics.json").write_text(json.dumps(metrics))
     return folder
 
 

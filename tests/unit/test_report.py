@@ -10,8 +10,9 @@ import figures
 import pytest
 import report
 import summary_figures
-from made_up_runs import make_config, make_metrics, make_phase, write_run
+from made_up_runs import make_config, make_metrics, make_phase, seal_run, write_run
 
+from sat import seal
 from sat.config import ROOT
 
 ATTENTIONS = [
@@ -160,10 +161,9 @@ def test_failed_and_missing_runs_are_said_to_be(tmp_path):
     write_run(tmp_path, make_metrics(seed=1))
     failed = tmp_path / "runs/listops/sat/seed1/failed.json"
     failed.parent.mkdir(parents=True)
-    failed.write_text(
-        json.dumps({"task": "listops", "attention": "sat", "seed": 1, "message": "no room"})[:-1]
-        + ', "kind": "out of memory", "step": 7}'
-    )
+    failure = {"task": "listops", "attention": "sat", "seed": 1, "message": "no room"}
+    failure |= {"kind": "out of memory", "step": 7}
+    failed.write_text(json.dumps(seal.add(failure)))
     text = write(tmp_path, config, "--allow-missing").read_text()
     assert "seed 1: out of memory at step 7" in text
     assert "text: no finished run." in text
@@ -190,6 +190,7 @@ def large(tmp_path_factory):
             changed = metrics | {"seed": seed}
             changed["test"] = metrics["test"] | {"accuracy": 0.2 + 0.1 * (seed % 7)}
             (other / "metrics.json").write_text(json.dumps(changed))
+            seal_run(other)
     return folder, config
 
 

@@ -36,6 +36,7 @@ rule report_attention:
         env=local("envs/report.yaml"),
         script=local("workflow/scripts/benchmark_report.py"),
         shared=local([f"workflow/scripts/{name}.py" for name in ("collect", "figures", "tables")]),
+        seal=SEAL,
         json=rules.measure_attention.output.json,
     output:
         csv=f"{BENCHMARK}/attention.csv",

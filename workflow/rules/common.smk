@@ -72,6 +72,8 @@ KERNEL_SOURCES = local(
         if path.suffix in (".h", ".hpp", ".cpp", ".cu") or path.name == "CMakeLists.txt"
     )
 )
+# Writes and checks the checksums in what the steps hand on.
+SEAL = local("sat/seal.py")
 SAT = local(sorted(str(path) for path in Path("sat").rglob("*.py")))
 RUN_FILES = [
     "config.json",

@@ -7,6 +7,7 @@ rule preprocess:
         env=local("envs/tf.yaml"),
         script=local("workflow/scripts/preprocess.py"),
         modules=READING,
+        seal=SEAL,
     output:
         train=f"{DATA}/{{task}}/train.arrow",
         dev=f"{DATA}/{{task}}/dev.arrow",
@@ -41,6 +42,7 @@ rule preprocess_own:
         script=local("workflow/scripts/preprocess_own.py"),
         shared=local("workflow/scripts/preprocess.py"),
         modules=READING,
+        seal=SEAL,
     output:
         train=f"{DATA}/{{task}}/train.arrow",
         dev=f"{DATA}/{{task}}/dev.arrow",

@@ -5,6 +5,7 @@ rule collect:
     input:
         env=local("envs/report.yaml"),
         script=local("workflow/scripts/collect.py"),
+        seal=SEAL,
         shared=local("workflow/scripts/tables.py"),
         metrics=METRICS,
         settings=SETTINGS,
@@ -41,6 +42,7 @@ rule compare:
     input:
         env=local("envs/report.yaml"),
         script=local("workflow/scripts/compare.py"),
+        seal=SEAL,
         shared=local(["workflow/scripts/collect.py", "workflow/scripts/tables.py"]),
         published=local("config/published.csv"),
         metrics=METRICS,
@@ -108,6 +110,7 @@ rule table_so_far:
     input:
         env=local("envs/report.yaml"),
         scripts=local([f"workflow/scripts/{name}.py" for name in ("collect", "compare", "tables")]),
+        seal=SEAL,
         published=local("config/published.csv"),
     log:
         f"{RESULTS}/logs/table_so_far.log",
@@ -133,6 +136,7 @@ rule draw_figures:
     input:
         env=local("envs/report.yaml"),
         script=local("workflow/scripts/figures.py"),
+        seal=SEAL,
         shared=local(["workflow/scripts/collect.py", "workflow/scripts/tables.py"]),
         runs=lambda wildcards: runs_of(wildcards.task),
     output:
@@ -170,6 +174,7 @@ rule draw_summary:
     input:
         env=local("envs/report.yaml"),
         script=local("workflow/scripts/summary_figures.py"),
+        seal=SEAL,
         shared=local(
             [f"workflow/scripts/{name}.py" for name in ("collect", "compare", "figures", "tables")]
         ),
@@ -216,6 +221,7 @@ rule write_report:
     input:
         env=local("envs/report.yaml"),
         script=local("workflow/scripts/report.py"),
+        seal=SEAL,
         shared=local(
             [
                 *[f"workflow/scripts/{name}.py" for name in ("collect", "compare", "tables")],
@@ -258,6 +264,7 @@ rule export_model:
     input:
         env=local("envs/report.yaml"),
         script=local("workflow/scripts/model_card.py"),
+        seal=SEAL,
         shared=local(["workflow/scripts/collect.py", "workflow/scripts/tables.py"]),
         runs=lambda wildcards: runs_of(wildcards.task, [wildcards.attention]),
     output:

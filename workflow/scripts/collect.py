@@ -27,9 +27,13 @@ from typing import Any
 import tables
 from tables import interval_95, number, write_all
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from sat import seal  # noqa: E402
+
 SCHEMA_VERSION = 1
 LRA_TASKS = ("listops", "text", "retrieval", "image", "pathfinder")
 MIB = 2**20
+AGAIN = "delete it and run the same command again, which trains the run again"
 
 # csv column -> format of its numbers. Nothing else decides the order.
 STABLE_COLUMNS = {
@@ -167,12 +171,12 @@ def parse_config(text: str) -> dict[str, Any]:
     return config
 
 
-def read_metrics(path: Path) -> dict[str, Any]:
-    """The checked content of one metrics.json; ValueError names the file and the key."""
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+def read_metrics(path: Path, names: Iterable[str] = ()) -> dict[str, Any]:
+    """The checked content of one metrics.json; ValueError names the file and the key.
+
+    names: files beside it that must be those of the run.
+    """
+    metrics = seal.read(path, AGAIN, names)
     check(metrics, METRICS, str(path))
     switched = metrics["transition"]["step"] is not None
     if (metrics["transition"]["reason"] is not None) != switched:
@@ -207,10 +211,7 @@ def read_failures(config: dict[str, Any], runs_dir: Path) -> dict[str, dict[str,
         path = runs_dir / name / "failed.json"
         if not path.is_file() or (path.parent / "metrics.json").is_file():
             continue
-        try:
-            failures[name] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON: {error}") from error
+        failures[name] = seal.read(path, "delete it or train the run again")
         check(failures[name], FAILURE, str(path))
     return failures
 
@@ -245,7 +246,7 @@ def read_runs(
     origin: dict[str, Path] = {}
     expected = expected_runs(config)
     for path in sorted(path for path in paths if path.exists()):
-        metrics = read_metrics(path)
+        metrics = read_metrics(path, ["config.json"])
         name = run_name(metrics)
         if metrics["run"] != config["run"] or name not in expected:
             raise ValueError(

@@ -65,6 +65,7 @@ EVENTS = {
 }
 
 
+SHOWN = ("config.json", "history.jsonl", "pattern.safetensors")  # what figures are drawn from
 STATISTICS = ("skewness", "distance", "change")
 MOST_POINTS = 150  # of a line: thousands of steps are shown as medians of so many stretches
 
@@ -172,7 +173,7 @@ def read_runs(run_dirs: list[Path], task: str, config: dict[str, Any]) -> list[R
     runs = {}
     order = [f"{task}/{a}/seed{seed}" for a in config["attentions"] for seed in config["seeds"]]
     for run_dir in run_dirs:
-        metrics = read_metrics(run_dir / "metrics.json")
+        metrics = read_metrics(run_dir / "metrics.json", SHOWN)
         name = run_name(metrics)
         if metrics["run"] != config["run"] or name not in order:
             raise ValueError(

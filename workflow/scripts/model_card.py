@@ -32,7 +32,7 @@ def best_run(folders: list[Path]) -> Path:
     if not folders:
         raise ValueError("no run folder given")
     ordered = sorted(folders)
-    accuracies = [read_metrics(f / "metrics.json")["dev"]["accuracy"] for f in ordered]
+    accuracies = [read_metrics(f / "metrics.json", COPIED)["dev"]["accuracy"] for f in ordered]
     return ordered[accuracies.index(max(accuracies))]
 
 

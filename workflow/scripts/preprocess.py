@@ -15,6 +15,7 @@ hold them; images by their place in the order of TFDS, which their keys decide (
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -33,6 +34,9 @@ from lra.files import (
 )
 from lra.order import choose_capped, choose_holdout
 from lra.readers import PATHFINDER_SALTS, PathfinderLevel, Refused
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from sat import seal  # noqa: E402
 
 SPLITS = ("train", "dev", "test")
 ALIASES = {"cifar10": "image", "news1": "agnews", "yelp1": "yelp"}
@@ -182,7 +186,7 @@ def write_task(
         (output_dir / "manifest.json").unlink(missing_ok=True)
         for path in paths.values():
             os.replace(path, output_dir / path.name)
-    write_json(output_dir / "manifest.json", manifest)
+    write_json(output_dir / "manifest.json", seal.add(manifest))
     return manifest
 
 
