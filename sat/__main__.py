@@ -36,14 +36,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="listops, text, retrieval, image (cifar10), pathfinder, agnews or yelp, with or without lra-",
     )
     which.add_argument(
-        "--name", default="sat", metavar="ATTENTION", help="a file config/attentions/ATTENTION.yaml"
+        "--name", metavar="ATTENTION", help="a file config/attentions/ATTENTION.yaml (default: sat)"
     )
-    which.add_argument("--random", type=int, default=1001, metavar="SEED")
+    which.add_argument("--random", type=int, metavar="SEED", help="(default: 1001)")
+    which.add_argument("--run", help="run set: the folder below data/ and results/ (default: lra)")
     which.add_argument(
-        "--run", default="lra", help="run set: the folder below data/ and results/ (default: lra)"
-    )
-    which.add_argument(
-        "--settings", metavar="JSON", help="every setting; the options above are then not used"
+        "--settings", metavar="JSON", help="every setting, instead of the options above"
     )
     changes = parser.add_argument_group("changes to the configuration (train)")
     changes.add_argument("--sk", type=float, metavar="SKEWNESS", help="training.skewness")
@@ -73,9 +71,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="processes that share every batch, each with a GPU of its own where there are any",
     )
     options = parser.parse_args(arguments)
+    named = _given(options, "--task", "--name", "--random", "--run")
+    changed = _given(options, "--sk", "--ds", "--train_steps")
+    if options.settings is not None and named + changed:
+        parser.error(f"--settings holds every setting, {(named + changed)[0]} too: leave one out")
+    if options.mode == "eval" and changed:
+        parser.error(
+            f"{changed[0]} changes a training; --mode eval scores a run with the settings it was trained with"
+        )
     if options.task is None and options.settings is None:
         parser.error("name the training with --task")
+    for key, default in (("name", "sat"), ("random", 1001), ("run", "lra")):
+        if getattr(options, key) is None:
+            setattr(options, key, default)
     return options
+
+
+def _given(options: argparse.Namespace, *names: str) -> list[str]:
+    return [name for name in names if getattr(options, name.removeprefix("--")) is not None]
 
 
 def resolve(options: argparse.Namespace) -> dict:

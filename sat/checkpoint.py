@@ -2,8 +2,8 @@
 
 `checkpoint` is a safetensors file with a JSON record in its header, followed by the sha256 of all that;
 `checkpoint.old` is the one before, for when the newest is broken. Snakemake knows neither, so it keeps both between two
-attempts. A checkpoint is used only by a training of the same identity: settings, data, code and kernels. Nothing is
-unpickled.
+attempts. A checkpoint is used only by a training of the same identity: settings, data, code, kernels, an attention of
+one's own, precision and versions of packages. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import safetensors
 import safetensors.torch
 import torch
 
+from sat import runtime
 from sat.attention import kernels
 from sat.config import ROOT, SCHEMA, digest
+from sat.efficient import source_file
 
 NEWEST, OLDER = "checkpoint", "checkpoint.old"
 DIGEST_BYTES = hashlib.sha256().digest_size
@@ -29,14 +31,19 @@ class CheckpointBroken(ValueError):
     """A file that is no whole checkpoint; the message says what is wrong with it."""
 
 
-def identity(settings: Mapping, data_sha256: str) -> dict[str, str]:
-    """What a state belongs to, by name: each a hash."""
-    return {"settings": digest(settings), "data": data_sha256, "code": code_digest()}
+def identity(settings: Mapping, data_sha256: str, precision: str) -> dict[str, str]:
+    """What a state belongs to, by name: hashes, the precision as resolved for the device, versions of packages."""
+    parts = {"settings": digest(settings), "data": data_sha256, "code": code_digest()}
+    if own := source_file(settings["model"]["attention"]):
+        parts[f"source of the attention ({own.name})"] = hashlib.sha256(
+            own.read_bytes()
+        ).hexdigest()
+    return parts | {"precision": precision} | runtime.versions()
 
 
 def code_digest() -> str:
-    """sha256 over the Python code, the schema, the kernel libraries in use and the version of torch."""
-    whole = hashlib.sha256(torch.__version__.encode())
+    """sha256 over the Python code, the schema and the kernel libraries in use."""
+    whole = hashlib.sha256()
     for path in [*sorted((ROOT / "sat").rglob("*.py")), ROOT / SCHEMA]:
         whole.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     folder = kernels.kernels_folder()
@@ -79,12 +86,21 @@ def load(
             say(f"{path} is not used: {error}")
             continue
         found = record.get("identity", {})
-        other = [part for part, value in identity.items() if found.get(part) != value]
+        other = [
+            _named(part, found.get(part), value)
+            for part, value in identity.items()
+            if found.get(part) != value
+        ]
         if other:
             say(f"{path} is not used: it was made with other {' and '.join(other)}")
             continue
         return tensors, record
     return None
+
+
+def _named(part: str, there: str | None, here: str) -> str:
+    """A part of an identity in words, with its two values where they are no hashes."""
+    return part if there is None or len(here) == 64 else f"{part} ({there}; here it is {here})"
 
 
 def read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:

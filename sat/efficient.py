@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -52,6 +53,13 @@ def make_attention(model: Model) -> nn.Module | None:
         return cls(model, **model.attention_arguments)
     except TypeError as error:
         raise ConfigError(f"model.attention_arguments do not fit {path}: {error}") from None
+
+
+def source_file(attention: str) -> Path | None:
+    """The file of the module of an attention of one's own, None for those that `model.attention` has a word for."""
+    if ":" not in attention:
+        return None
+    return Path(importlib.import_module(attention.split(":")[0]).__file__)
 
 
 def real_positions(x_BHSd: torch.Tensor, lengths_B: torch.Tensor | None) -> torch.Tensor:

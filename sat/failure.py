@@ -25,7 +25,10 @@ def kind_of(error: Exception) -> str:
         or "out of memory" in str(error).lower()
     ):
         return "out of memory"
-    return "loss not finite" if str(error).startswith("the loss is ") else "failed"
+    not_finite = re.match(
+        "the (loss is|gradient is not finite|weights are not finite) ", str(error)
+    )
+    return "loss not finite" if not_finite else "failed"
 
 
 def record(folder: Path, settings: dict, error: Exception) -> None:

@@ -84,7 +84,7 @@ def _choosing(folder: Path):
         yield
 
 
-def _try(path: Path) -> int | None:
+def try_lock(path: Path) -> int | None:
     """The descriptor of a lock on the file, or None when it is taken."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -120,7 +120,7 @@ def take(
         free: dict[str, int] = {}
         with _choosing(folder):
             for device in devices:
-                if len(free) < count and (descriptor := _try(folder / f"{device}.lock")):
+                if len(free) < count and (descriptor := try_lock(folder / f"{device}.lock")):
                     free[device] = descriptor
             if len(free) == count:
                 _held.extend(free.values())

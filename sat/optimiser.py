@@ -47,6 +47,7 @@ def make_optimiser(model: nn.Module, config: RunConfig, phase: str) -> torch.opt
     if phase == "sparse":
         for parameter in model.pattern:
             parameter.requires_grad_(False)
+            parameter.grad = None
     parameters = [p for p in model.parameters() if p.requires_grad]
     # foreach: the same arithmetic as the plain loop, one call for all tensors.
     return torch.optim.AdamW(

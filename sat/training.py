@@ -11,7 +11,7 @@
     metrics.json          what the results table is made from; written last
 
 Files get their names when they are complete. Steps count from 1 in what is written, from 0 in the code. While it runs,
-the folder also holds history.jsonl.partial and the state to go on from after a kill (sat/checkpoint.py).
+the folder also holds history.jsonl.partial, the state to go on from after a kill (sat/checkpoint.py) and a lock.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ import functools
 import json
 import math
 import os
+import shutil
 import statistics
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from accelerate import Accelerator
+from torch import nn
 
-from sat import checkpoint, data, devices, interruption, memory, runtime, seal
+from sat import checkpoint, data, devices, folder_lock, interruption, memory, runtime, seal
 from sat.attention import selection
 from sat.attention.dropout import sequences_from
 from sat.config import RunConfig, digest
@@ -43,6 +46,9 @@ from sat.transition import MapStatistics, pattern_loss, transition_reason
 from sat.watching import Curves, Progress, say, without_nan
 
 GRADIENT_LIMIT = 1.0
+SMALLEST_SCALE = (
+    2.0**-8
+)  # of the loss in fp16: below, it is not the scale that makes the gradients overflow
 # What sat.load needs of the manifest to encode new inputs as the preprocessing does.
 INPUT_KEYS = ("input_type", "id_offset", "max_length", "options", "symbols", "classes")
 
@@ -136,6 +142,7 @@ class Training:
         self.best: dict | None = None
         self.best_weights: dict[str, torch.Tensor] = {}
         self.evaluations_since_best = 0
+        self.skipped_steps = 0  # left out for gradients that overflowed in fp16
 
     def step(self, index: int, batch: data.Batch) -> dict:
         """One optimiser step, in parts that the device can take; -> the line of the history.
@@ -166,8 +173,7 @@ class Training:
             self._pattern_step(maps)
             step_statistics = self.map_statistics.update(maps[0], size)
         self._check_finite(index, float(loss), batch, before)
-        parameters = list(self.model.parameters())
-        devices.take_step(self.optimiser, parameters, GRADIENT_LIMIT, self.accelerator.scaler)
+        taken = self._take_step(index)
         line = {
             "event": "train",
             "step": index + 1,
@@ -176,6 +182,7 @@ class Training:
             "accuracy": int(hits) / config.training.batch_size,
             "learning_rate": rate,
             "micro_batch": self.micro_batch,
+            "skipped": not taken,
             "skewness": None,
             "distance": None,
             "change": None,
@@ -288,18 +295,82 @@ class Training:
         """Raises TrainingFailed with step and layer when the loss is not a finite number."""
         if math.isfinite(loss):
             return
-        where = self._first_not_finite(batch, random_state)
+
+        def parts() -> Iterator[data.Batch]:
+            for part in batch.parts(self.micro_batch):
+                runtime.set_random_state(random_state, self.accelerator.device)
+                yield part
+
+        where = self._first_not_finite(parts(), self.masks)
         raise TrainingFailed(
             f"the loss is {loss} in step {index + 1} ({self.phase} phase); the first values that are not finite are "
-            f"{where}. Lower training.learning_rate (now {self.config.training.learning_rate:g}) or raise "
-            "training.warmup."
+            f"{where}. {self._advice}"
         )
 
-    def _first_not_finite(self, batch: data.Batch, random_state: dict[str, torch.Tensor]) -> str:
-        """Where the forward of the batch, done again, first leaves the finite numbers."""
-        for name, parameter in self.model.named_parameters():
-            if not parameter.isfinite().all():
-                return f"in the weights {name}"
+    def check_scored(
+        self,
+        scored: dict,
+        split: data.Split,
+        name: str,
+        masks: list[torch.Tensor] | None,
+        step: int,
+    ) -> None:
+        """Raises TrainingFailed with step and layer when the loss of an evaluation is not a finite number."""
+        if math.isfinite(scored["loss"]):
+            return
+        accelerator = self.accelerator
+        mine = (accelerator.process_index, accelerator.num_processes)
+        length = self.config.model.sequence_length
+        where = self._first_not_finite(split.batches(self.micro_batch, length, None, *mine), masks)
+        raise TrainingFailed(
+            f"the loss is {scored['loss']} on {name} in step {step} ({self.phase} phase); the first values that are "
+            f"not finite are {where}. {self._advice}"
+        )
+
+    def check_weights(self, step: int) -> None:
+        """Raises TrainingFailed when a weight is not a finite number after `step` steps."""
+        if bad := _not_finite(dict(self.model.named_parameters())):
+            raise TrainingFailed(
+                f"the weights are not finite after the update in step {step} ({self.phase} phase), first {bad[0]}. "
+                f"{self._advice}"
+            )
+
+    def _take_step(self, index: int) -> bool:
+        """Clip and step; -> whether it was taken. Raises TrainingFailed when a gradient is not a finite number.
+
+        With a scaler such a step is left out, for a smaller scale may mend it.
+        """
+        scaler = self.accelerator.scaler
+        if scaler is None or scaler.get_scale() < SMALLEST_SCALE:
+            self._check_gradients(index)
+        parameters = list(self.model.parameters())
+        taken = devices.take_step(self.optimiser, parameters, GRADIENT_LIMIT, scaler)
+        self.skipped_steps += not taken
+        return taken
+
+    def _check_gradients(self, index: int) -> None:
+        gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        # The largest absolute value, NaN when one is: one number to wait for.
+        if math.isfinite(nn.utils.get_total_norm(gradients.values(), math.inf)):
+            return
+        bad = _not_finite(gradients)
+        raise TrainingFailed(
+            f"the gradient is not finite in step {index + 1} ({self.phase} phase), in {len(bad)} of {len(gradients)} "
+            f"tensors; nearest to the loss is that of {bad[-1]}. {self._advice}"
+        )
+
+    @property
+    def _advice(self) -> str:
+        rate = self.config.training.learning_rate
+        return f"Lower training.learning_rate (now {rate:g}) or raise training.warmup."
+
+    def _first_not_finite(
+        self, batches: Iterable[data.Batch], masks: list[torch.Tensor] | None
+    ) -> str:
+        """Where the forward of these batches first leaves the finite numbers, in any of the processes."""
+        if bad := _not_finite(dict(self.model.named_parameters())):
+            return f"in the weights {bad[0]}"
+        names = [name for name, _ in self.model.named_modules() if name]
         found: list[str] = []
 
         def look(name, module, arguments, output):
@@ -309,23 +380,22 @@ class Training:
                 found.append(name)
 
         hooks = [
-            module.register_forward_hook(functools.partial(look, name))
-            for name, module in self.model.named_modules()
-            if name
+            self.model.get_submodule(name).register_forward_hook(functools.partial(look, name))
+            for name in names
         ]
-        device = self.accelerator.device
         try:
             with torch.no_grad():
-                for part in batch.parts(self.micro_batch):
-                    runtime.set_random_state(random_state, device)
+                for part in batches:
                     with sequences_from(part.first), self.accelerator.autocast():
-                        self.model(part.to(device), self.masks)
+                        self.model(part.to(self.accelerator.device), masks)
                     if found:
-                        return f"those that {found[0]} gives"
+                        break
         finally:
             for hook in hooks:
                 hook.remove()
-        return "in the loss itself"
+        place = names.index(found[0]) if found else len(names)
+        place = int(-devices.largest(self.accelerator, -place))
+        return f"those that {names[place]} gives" if place < len(names) else "in the loss itself"
 
     def go_sparse(self) -> None:
         """Choose the blocks, start a new optimiser, forget the best weights of the dense phase."""
@@ -413,6 +483,7 @@ class Training:
         "best",
         "best_weights",
         "evaluations_since_best",
+        "skipped_steps",
         "micro_batch",
         "memory_limit",
     )
@@ -453,39 +524,61 @@ def train(
 ) -> dict:
     """Train, test and write the run's folder; -> metrics. Goes on from a checkpoint in the folder where there is one.
 
-    Raises ConfigError (settings and data do not fit), DataError (no usable data), TrainingFailed (loss not finite),
-    Interrupted (SIGTERM or SIGINT came; the state is saved).
+    What the folder holds of a finished run stays until all is checked and the first step begins.
+
+    Raises ConfigError (settings and data do not fit, another training is in the folder), DataError (no usable data),
+    TrainingFailed (numbers not finite, no memory), Interrupted (SIGTERM or SIGINT came; the state is saved).
     """
     config = RunConfig.from_dict(settings)
     manifest, splits = data.load(data_dir)
     data.check_fits(config, manifest)
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for name in (*RUN_FILES, "history.jsonl", "eval.json") if is_main() else ():
-        (output_dir / name).unlink(missing_ok=True)
-
     accelerator = runtime.make_accelerator(device, threads, config.training.precision)
     devices.check_batch(config.training.batch_size, accelerator)
-    training = Training(config, manifest["num_inputs"], accelerator)
-    identity = checkpoint.identity(settings, data.data_digest(manifest))
-    unfinished = _Unfinished(training, output_dir, identity)
-    limit = memory.limit_bytes(config.model.memory_limit_gb)
-    training.limit_memory(limit, manifest["num_inputs"])
-    with interruption.watching() as stop, unfinished.recording():
-        _run_steps(training, splits, unfinished, stop)
-        unfinished.end_phase()
-        training.model.load_state_dict(training.best_weights)
-        with stop.at_once():
-            test = evaluate(
-                training.model,
-                splits["test"],
-                config,
-                accelerator,
-                training.masks,
-                micro_batch=training.micro_batch,
-            )
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with folder_lock.held(output_dir, say) if is_main() else contextlib.nullcontext():
+        with _told_when_memory_runs_out(lambda: "with the model alone"):
+            training = Training(config, manifest["num_inputs"], accelerator)
+        precision = devices.describe(accelerator)["precision"]
+        identity = checkpoint.identity(settings, data.data_digest(manifest), precision)
+        unfinished = _Unfinished(training, output_dir, identity)
+        limit = memory.limit_bytes(config.model.memory_limit_gb)
+        training.limit_memory(limit, manifest["num_inputs"])
+        with (
+            _told_when_memory_runs_out(unfinished.where),
+            interruption.watching() as stop,
+            unfinished.recording(),
+        ):
+            _run_steps(training, splits, unfinished, stop)
+            unfinished.end_phase()
+            training.model.load_state_dict(training.best_weights)
+            with stop.at_once():
+                test = evaluate(
+                    training.model,
+                    splits["test"],
+                    config,
+                    accelerator,
+                    training.masks,
+                    micro_batch=training.micro_batch,
+                )
+        training.check_scored(test, splits["test"], "test", training.masks, unfinished.step)
+        test |= {"chance": chance(manifest), "baseline": baseline(config.task, splits)}
+        metrics = _metrics(training, unfinished, settings, manifest, test)
+        if is_main():
+            _write_results(training, unfinished, settings, metrics)
+    say(
+        f"test accuracy {100 * test['accuracy']:.2f} % (chance {100 * test['chance']:.2f} %), {output_dir}"
+    )
+    return metrics
+
+
+def _metrics(
+    training: Training, unfinished: _Unfinished, settings: dict, manifest: dict, test: dict
+) -> dict:
+    """What metrics.json holds."""
+    config, accelerator = training.config, training.accelerator
     backends = backends_of(config, accelerator.device)
-    metrics = {
+    return {
         "schema_version": 1,
         "run": config.run,
         "task": config.task,
@@ -494,7 +587,7 @@ def train(
         "data": manifest["data"],
         "num_inputs": manifest["num_inputs"],
         "input": {key: manifest.get(key) for key in INPUT_KEYS},
-        "test": test | {"chance": chance(manifest), "baseline": baseline(config.task, splits)},
+        "test": test,
         "dev": training.best,
         "transition_rule": config.transition.rule,
         "transition": training.transition,
@@ -502,6 +595,7 @@ def train(
         "pattern": training.pattern_report,
         "num_parameters": num_parameters(training.model),
         "num_steps": unfinished.step,
+        "skipped_steps": training.skipped_steps,
         "micro_batch": training.micro_batch,
         "phases": {
             name: unfinished.phases[name].summary(accelerator) | {"backend": backends[name]}
@@ -520,8 +614,13 @@ def train(
         "sources": manifest["sources"],
         "options": option_labels(config, manifest),
     }
-    if not is_main():
-        return metrics
+
+
+def _write_results(
+    training: Training, unfinished: _Unfinished, settings: dict, metrics: dict
+) -> None:
+    """The files of a finished run. Its state stays until metrics.json, the last of them, is there."""
+    folder = unfinished.folder
     patterns = {
         f"layer_{i}": mask.to(torch.uint8).cpu().contiguous()
         for i, mask in enumerate(training.masks or [])
@@ -529,23 +628,20 @@ def train(
         f"pooled_layer_{i}": pooled.cpu().contiguous()
         for i, pooled in enumerate(training.pooled_maps or [])
     }
-    _write(output_dir / "config.json", lambda path: path.write_text(_json(settings)))
+    _write(folder / "config.json", lambda path: path.write_text(_json(settings)))
     _write(
-        output_dir / "model.safetensors",
+        folder / "model.safetensors",
         lambda path: safetensors.torch.save_model(training.model, str(path)),
     )
     _write(
-        output_dir / "pattern.safetensors",
+        folder / "pattern.safetensors",
         lambda path: safetensors.torch.save_file(patterns, str(path)),
     )
-    os.replace(unfinished.history_path, output_dir / "history.jsonl")
-    seal.add(metrics, output_dir, SEALED_FILES)
-    _write(output_dir / "metrics.json", lambda path: path.write_text(_json(metrics)))
-    checkpoint.remove(output_dir)
-    say(
-        f"test accuracy {100 * test['accuracy']:.2f} % (chance {100 * chance(manifest):.2f} %), {output_dir}"
-    )
-    return metrics
+    _write(folder / "history.jsonl", lambda path: shutil.copyfile(unfinished.history_path, path))
+    seal.add(metrics, folder, SEALED_FILES)
+    _write(folder / "metrics.json", lambda path: path.write_text(_json(metrics)))
+    checkpoint.remove(folder)
+    unfinished.history_path.unlink()
 
 
 def _run_steps(
@@ -556,6 +652,8 @@ def _run_steps(
     num_steps = config.training.num_train_steps
     accelerator = training.accelerator
     progress = Progress(num_steps, unfinished.step)
+    if unfinished.step == 0 and training.masks is not None:  # sparse from the start
+        unfinished.curves.add_pattern(training.masks, 0)
     # A checkpoint stands between a step and its evaluation when a signal came in either.
     while not unfinished.evaluated or (
         unfinished.step < num_steps and not training.out_of_patience
@@ -585,9 +683,11 @@ def _run_steps(
             with unfinished.saved_if_interrupted(), stop.at_once():
                 now = training.masks if training.phase == "sparse" else None
                 scored = after_switch = training.score(splits["dev"], now)
+                training.check_scored(scored, splits["dev"], "dev", now, step)
                 if switching:
                     training.choose_blocks()
                     after_switch = training.score(splits["dev"], training.masks)
+                    training.check_scored(after_switch, splits["dev"], "dev", training.masks, step)
         if due:
             placed = training.keep_best(scored, step)
             unfinished.record({"event": "eval", "split": "dev", **placed})
@@ -643,10 +743,8 @@ class _Unfinished:
         if stored is not None and written < stored[1]["history_bytes"]:
             say(f"{self.folder}: the checkpoint is not used: {self.history_path.name} is cut short")
             stored = None
-        self.training.accelerator.wait_for_everyone()  # all have read what one now changes
+        self.training.accelerator.wait_for_everyone()  # all have read what one will change
         if stored is None:
-            if is_main():
-                checkpoint.remove(self.folder)
             self.begin_phase()
             return
         tensors, record = stored
@@ -664,9 +762,16 @@ class _Unfinished:
 
     @contextlib.contextmanager
     def recording(self):
-        """Open history and curves, behind what the checkpoint knows of; the main process alone writes them."""
+        """Open history and curves, behind what the checkpoint knows of; the main process alone writes them.
+
+        What the folder holds of another run is removed.
+        """
         history, board_folder = os.devnull, self.folder / "tensorboard"
         if is_main():
+            for name in (*RUN_FILES, "history.jsonl", "eval.json"):
+                (self.folder / name).unlink(missing_ok=True)
+            if self.line is None:
+                checkpoint.remove(self.folder)
             history = self.history_path
             history.touch()
             os.truncate(history, self._history_bytes)
@@ -680,7 +785,7 @@ class _Unfinished:
 
     def record(self, line: dict) -> None:
         line = without_nan(line)
-        self._history.write(json.dumps(line) + "\n")
+        self._history.write(json.dumps(line, allow_nan=False) + "\n")
         if line["event"] == "train":
             memory = runtime.peak_memory(self.training.accelerator.device) if is_main() else None
             self.curves.add(line, memory)
@@ -691,6 +796,11 @@ class _Unfinished:
         self.phases[self.training.phase].milliseconds.append(line["ms"])
         self.record(line)
         self.step, self.evaluated, self.line = self.step + 1, False, line
+
+    def where(self) -> str:
+        """In words, what the training is at: the next step, or the evaluation of the last one."""
+        step = min(self.step + self.evaluated, self.training.config.training.num_train_steps)
+        return f"in step {step}, outside of the model's forward and backward"
 
     def begin_phase(self) -> None:
         self.phases[self.training.phase] = Phase(self.training.accelerator.device)
@@ -705,6 +815,7 @@ class _Unfinished:
     def save_if(self, wanted: bool) -> None:
         if not (wanted and is_main()) or self.saved_step == (self.step, self.evaluated):
             return
+        self.training.check_weights(self.step)
         self._history.flush()
         os.fsync(self._history.fileno())
         phases = {name: phase.state() for name, phase in self.phases.items()}
@@ -780,6 +891,25 @@ class Phase:
         }
 
 
+def _not_finite(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Names of those that hold a number that is not finite."""
+    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+
+
+@contextlib.contextmanager
+def _told_when_memory_runs_out(where: Callable[[], str]) -> Iterator[None]:
+    """Raises TrainingFailed for want of memory where smaller parts of the batch would not help."""
+    try:
+        yield
+    except memory.OutOfMemory:
+        raise
+    except Exception as error:
+        if not memory.ran_out(error):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise TrainingFailed(f"out of memory {where()} ({reason}): {memory.ADVICE}") from error
+
+
 def _moved(state, device: torch.device):
     """Nested state with its tensors on `device`."""
     if isinstance(state, torch.Tensor):
@@ -792,11 +922,13 @@ def _moved(state, device: torch.device):
 
 
 def _json(content: dict) -> str:
-    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+    return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
 def _write(path: Path, write) -> None:
     """Call write(temporary path) and give the file its name when it is complete."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(
+        f".{path.name}.partial"
+    )  # history.jsonl.partial is what a run goes on from
     write(partial)
     os.replace(partial, path)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from processed import repeated_symbol, write_processed
+from test_efficient import OWN
 from test_training import history, settings_of, without_volatile
 
 from sat import checkpoint, training
@@ -69,26 +70,56 @@ def run_with_kills(settings, data, folder, kills):
     return ends, done.stderr
 
 
-def test_thirty_kills_at_random_moments(listops, tmp_path):
+def test_thirty_kills_at_random_moments_of_one_run(listops, tmp_path):
+    """In its start, and at moments of steps, their checkpoints and evaluations, in both phases."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")  # pytest shows it when the test fails
     generator = random.Random(seed)
     settings = often(
         model={"attention_dropout": 0.1},
-        training={"num_train_steps": 48, "num_dense_train_steps": 24},
+        training={"num_train_steps": 80, "num_dense_train_steps": 32},
         transition={"ema": 0.5},
     )
-    kills = [[generator.uniform(0.02, 0.3), int(signal.SIGKILL)] for _ in range(30)]
+    kills = [
+        {"step": step, "wait": generator.uniform(0, 2 / 80)}
+        for step in sorted(generator.sample(range(1, 64), 25))
+    ]
+    for _ in range(5):
+        kills.insert(generator.randrange(len(kills)), {"wait": generator.uniform(0, 0.1)})
+    kills = [kill | {"signal": int(signal.SIGKILL)} for kill in kills]
     ends, said = run_with_kills(settings, listops, tmp_path / "run", kills)
-    assert ends.count(-signal.SIGKILL) >= 5, ends
-    assert len(set(re.findall("going on from step [0-9]+", said))) >= 3, said
+    assert ends == [-signal.SIGKILL] * 30 + [0]
+    assert len(set(re.findall("going on from step [0-9]+", said))) >= 15, said
+
+
+RESULTS = (
+    "config.json",
+    "model.safetensors",
+    "pattern.safetensors",
+    "history.jsonl",
+    "metrics.json",
+)
+
+
+def test_a_kill_between_the_last_files_loses_no_state(listops, tmp_path):
+    """Before and after each rename of the checkpoint and of the results, and while the state is removed."""
+    renames = [("checkpoint", "before"), ("checkpoint", "after")]
+    renames += [("checkpoint.old", "before"), ("checkpoint.old", "after")]
+    results = [(name, moment) for name in RESULTS for moment in ("before", "after")]
+    removals = [(name, "removed") for name in ("checkpoint", "checkpoint.old")]
+    removals += [("history.jsonl.partial", "removed")]
+    kills = [{"at": at} for at in (*renames, *results, *removals)]
+    ends, said = run_with_kills(settings_of(), listops, tmp_path / "run", kills)
+    assert ends == [-signal.SIGKILL] * len(kills) + [0], said
+    # Each attempt after the first at the results has the whole state, until metrics.json is there.
+    assert said.count("going on from step 24") == len(results), said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_state_and_ends_with_its_code(listops, tmp_path, number):
     """With the usual time between checkpoints: what there is comes from the signal."""
     settings = settings_of(pattern={"source": "pooled"})
-    kills = [[0.5, int(number)]] * 3
+    kills = [{"wait": 0.5, "signal": int(number)}] * 3
     ends, said = run_with_kills(settings, listops, tmp_path / "run", kills)
     assert ends[0] == 128 + number, (ends, said)
     assert "going on from step" in said
@@ -189,6 +220,43 @@ def test_a_checkpoint_of_other_settings_data_or_code_is_not_used(
         assert f"is not used: it was made with other {name}" in said
         assert "going on" not in said
         assert_same_end(tmp_path / f"{name} new", tmp_path / name)
+
+
+def test_a_checkpoint_of_another_precision_or_version_is_not_used(
+    listops, tmp_path, monkeypatch, capsys
+):
+    """As when a training that a GPU began in fp16 goes on on a CPU."""
+    for name, change in (
+        ("precision (fp16; here it is fp32)", lambda i: {"precision": "fp16"}),
+        ("torch (2.0; here it is", lambda i: {"torch": "2.0"}),
+    ):
+        folder = tmp_path / name[:5]
+        real = checkpoint.identity
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "identity", lambda *a: real(*a) | change(a))  # noqa: B023
+            interrupt(often(), listops, folder, monkeypatch)
+        capsys.readouterr()
+        training.train(often(), listops, folder, device="cpu", threads=1)
+        said = capsys.readouterr().err
+        assert f"is not used: it was made with other {name}" in said and "going on" not in said
+
+
+def test_a_checkpoint_of_an_edited_attention_is_not_used(listops, tmp_path, monkeypatch, capsys):
+    """One's own, which lies outside of sat/."""
+    monkeypatch.syspath_prepend(tmp_path)
+    source = tmp_path / "edited_attention.py"
+    source.write_text(OWN)
+    settings = often(
+        attention="softmax",
+        model={"attention": "edited_attention:Average", "attention_arguments": {"start": 0.5}},
+    )
+    interrupt(settings, listops, tmp_path / "run", monkeypatch)
+    source.write_text(OWN + "# edited\n")
+    capsys.readouterr()
+    training.train(settings, listops, tmp_path / "run", device="cpu", threads=1)
+    said = capsys.readouterr().err
+    assert "made with other source of the attention (edited_attention.py)" in said
+    assert "going on" not in said
 
 
 @pytest.mark.parametrize(("seconds", "saved_step"), [(0, 14), (300, 12)])

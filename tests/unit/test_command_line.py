@@ -172,6 +172,22 @@ def test_task_is_needed(tmp_path):
     assert done.returncode == 2 and "--task" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--mode eval --task image --sk 1", "--sk changes a training; --mode eval scores"),
+        ("--mode eval --task image --train-steps 5", "--train_steps changes a training"),
+        ("--mode train --settings {} --ds 1.5", "--settings holds every setting, --ds too"),
+        ("--mode train --settings {} --random 1001", "--settings holds every setting, --random"),
+        ("--mode eval --settings {} --task image", "--settings holds every setting, --task"),
+    ],
+)
+def test_an_option_without_effect_is_refused(arguments, words, capsys):
+    with pytest.raises(SystemExit) as exit:
+        command_line.parse(arguments.split())
+    assert exit.value.code == 2 and words in capsys.readouterr().err
+
+
 def test_settings_are_taken_whole():
     whole = config.resolve(config.load("demo"), "text", "sat", 5)
     options = command_line.parse(["--mode", "train", "--settings", json.dumps(whole)])
@@ -202,6 +218,11 @@ def test_broken_settings_are_named(text, words):
             RuntimeError("the loss is nan in step 17 (dense phase). Lower it"),
             "loss not finite",
             17,
+        ),
+        (
+            RuntimeError("the gradient is not finite in step 3 (dense phase), in 2 of 9 tensors"),
+            "loss not finite",
+            3,
         ),
         (OSError("no space left"), "failed", None),
     ],

@@ -1,15 +1,31 @@
 """A whole training on small data: phases, files, reproducibility, refusals."""
 
 import dataclasses
+import itertools
 import json
 import math
+import os
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from processed import repeated_symbol, write_processed
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sat import config, data, evaluation, runtime, training, transition
+from sat import (
+    checkpoint,
+    config,
+    data,
+    devices,
+    evaluation,
+    failure,
+    folder_lock,
+    memory,
+    runtime,
+    training,
+    transition,
+)
 
 SIZES = {"train": 256, "dev": 60, "test": 70}
 
@@ -220,6 +236,155 @@ def test_infinite_loss_stops_with_step_and_advice(folder, tmp_path):
         training.train(settings, folder / "listops", tmp_path, device="cpu", threads=1)
     assert not (tmp_path / "metrics.json").exists()
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def spoil_gradient_of(name, spoiled_steps, monkeypatch, value=math.inf):
+    """After the backward of these steps (from 1) the gradient of the parameter is not finite, though the loss is."""
+    real, steps = training.Training._pattern_step, itertools.count(1)
+
+    def spoiled(self, maps):
+        real(self, maps)
+        if next(steps) in spoiled_steps:
+            self.model.get_parameter(name).grad.view(-1)[0] = value
+
+    monkeypatch.setattr(training.Training, "_pattern_step", spoiled)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_reaches_no_weight(folder, tmp_path, monkeypatch, value):
+    spoil_gradient_of("head.0.weight", [8], monkeypatch, value)
+    settings = settings_of(training={"checkpoint_seconds": 0})
+    words = r"the gradient is not finite in step 8 .* that of head\.0\.weight\. .*learning_rate"
+    with pytest.raises(training.TrainingFailed, match=words) as caught:
+        training.train(settings, folder / "listops", tmp_path, device="cpu", threads=1)
+    assert failure.kind_of(caught.value) == "loss not finite"
+    tensors, record = checkpoint.read(tmp_path / "checkpoint")
+    assert record["step"] == 7
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+    assert not (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(("split", "step"), [("dev", 6), ("test", 24)])
+def test_an_evaluation_that_is_not_finite_stops_the_run(folder, tmp_path, monkeypatch, split, step):
+    real = training.evaluate
+
+    def evaluate(model, rows, *arguments, **keywords):
+        result = real(model, rows, *arguments, **keywords)
+        return result | {"loss": math.nan} if len(rows) == SIZES[split] else result
+
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    words = rf"the loss is nan on {split} in step {step} .* in the loss itself"
+    with pytest.raises(training.TrainingFailed, match=words):
+        training.train(settings_of(), folder / "listops", tmp_path, device="cpu", threads=1)
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_an_evaluation_names_the_layer_that_is_not_finite(folder):
+    state, _ = step_of(settings_of(), folder)
+    _, splits = data.load(folder / "listops")
+    state.model.head[0].register_forward_hook(lambda *seen: torch.full_like(seen[-1], math.nan))
+    with pytest.raises(training.TrainingFailed, match=r"those that head\.0 gives"):
+        state.check_scored({"loss": math.nan}, splits["dev"], "dev", None, 1)
+
+
+def test_what_another_process_found_is_named_too(folder, monkeypatch):
+    """The share of this one is finite; the first module in the model's order counts."""
+    state, _ = step_of(settings_of(), folder)
+    names = [name for name, _ in state.model.named_modules() if name]
+    elsewhere = names.index("encoder.layers.1.mlp")
+    monkeypatch.setattr(devices, "largest", lambda _, value: max(value, -elsewhere))
+    _, splits = data.load(folder / "listops")
+    batch = splits["train"].batch(np.arange(16), 64)
+    before = runtime.random_state(torch.device("cpu"))
+    with pytest.raises(training.TrainingFailed, match=r"those that encoder\.layers\.1\.mlp gives"):
+        state._check_finite(0, math.nan, batch, before)
+
+
+def test_weights_that_are_not_finite_are_not_saved(folder, tmp_path, monkeypatch):
+    real = training.Training._take_step
+
+    def spoiled(self, index):
+        taken = real(self, index)
+        if index == 7:
+            with torch.no_grad():
+                self.model.get_parameter("head.0.bias")[0] = math.nan
+        return taken
+
+    monkeypatch.setattr(training.Training, "_take_step", spoiled)
+    settings = settings_of(training={"checkpoint_seconds": 0})
+    with pytest.raises(training.TrainingFailed, match=r"weights are not finite .* head\.0\.bias"):
+        training.train(settings, folder / "listops", tmp_path, device="cpu", threads=1)
+    assert checkpoint.read(tmp_path / "checkpoint")[1]["step"] == 7
+
+
+def with_scaler(monkeypatch, scale):
+    """Trainings scale their loss as in fp16 on a GPU."""
+    direct = runtime.make_accelerator
+
+    def scaled(*arguments):
+        accelerator = direct(*arguments)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        return accelerator
+
+    monkeypatch.setattr(runtime, "make_accelerator", scaled)
+
+
+def test_steps_that_overflow_in_half_precision_are_counted(folder, tmp_path, monkeypatch):
+    spoil_gradient_of("head.0.weight", [2, 5], monkeypatch)
+    with_scaler(monkeypatch, 1024.0)
+    metrics = training.train(settings_of(), folder / "listops", tmp_path, device="cpu", threads=1)
+    assert metrics["skipped_steps"] == 2
+    steps = [line for line in history(tmp_path) if line["event"] == "train"]
+    assert [line["step"] for line in steps if line["skipped"]] == [2, 5]
+
+
+def test_gradients_that_no_scale_mends_stop_the_run(folder, tmp_path, monkeypatch):
+    spoil_gradient_of("head.0.weight", range(100), monkeypatch)
+    with_scaler(monkeypatch, 2 * training.SMALLEST_SCALE)
+    with pytest.raises(training.TrainingFailed, match="gradient is not finite in step 3 "):
+        training.train(settings_of(), folder / "listops", tmp_path, device="cpu", threads=1)
+
+
+def test_a_pattern_from_the_start_is_drawn(folder, tmp_path):
+    settings = settings_of(attention="local", training={"num_train_steps": 6})
+    training.train(settings, folder / "listops", tmp_path, device="cpu", threads=1)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    drawn = [tag for tag in events.Tags()["images"] if tag.startswith("pattern/")]
+    assert drawn == ["pattern/layer_0", "pattern/layer_1"]
+    assert [image.step for image in events.Images(drawn[0])] == [0]
+
+
+def test_memory_that_runs_out_beside_the_model_is_told(folder, tmp_path, monkeypatch):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(training.devices, "take_step", no_memory)
+    words = "out of memory in step 1, outside of .*lower model.max_seq_len"
+    with pytest.raises(training.TrainingFailed, match=words) as caught:
+        training.train(settings_of(), folder / "listops", tmp_path, device="cpu", threads=1)
+    assert failure.kind_of(caught.value) == "out of memory"
+
+
+def test_a_run_that_is_refused_leaves_what_is_there(folder, tmp_path):
+    """A finished run outlives settings that are refused late, and a second training in its folder."""
+    training.train(settings_of(), folder / "listops", tmp_path, device="cpu", threads=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert "metrics.json" in before and folder_lock.FILE not in before
+    late = [
+        (settings_of(training={"precision": "fp16"}), config.ConfigError, "needs a GPU"),
+        (settings_of(model={"memory_limit_gb": 0.01}), memory.OutOfMemory, "one sequence at"),
+    ]
+    for settings, error, words in late:
+        with pytest.raises(error, match=words):
+            training.train(settings, folder / "listops", tmp_path, device="cpu", threads=1)
+    with (
+        folder_lock.held(tmp_path, print),
+        pytest.raises(config.ConfigError, match=f"process {os.getpid()} is training there"),
+    ):
+        training.train(settings_of(), folder / "listops", tmp_path, device="cpu", threads=1)
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert before == after
 
 
 @pytest.mark.parametrize(
