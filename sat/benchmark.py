@@ -2,6 +2,7 @@
 
     python -m sat.benchmark attention --json attention.json [--quick] [--threads 1] [--length 1024]
     python -m sat.benchmark step --json step.json [--quick] [--threads 2]      (see sat/step_benchmark.py)
+    python -m sat.benchmark cost --json cost.json [--quick] [--threads 2]      (see sat/cost_benchmark.py)
 
 All in one process with the same threads and allocator settings, interleaved in a new order every
 round; the median counts. The reference is torch's scaled_dot_product_attention over all keys.
@@ -36,7 +37,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=["attention", "step"])
+    parser.add_argument("what", choices=["attention", "step", "cost"])
     parser.add_argument("--json", type=Path, required=True, help="file to write")
     parser.add_argument("--quick", action="store_true", help="one small shape, two densities")
     parser.add_argument("--batch", type=int, action="append", help=f"default: {BATCHES}")
@@ -278,19 +279,20 @@ def attention(options: argparse.Namespace) -> dict:
     }
 
 
-def step(options: argparse.Namespace) -> dict:
+def of_steps(options: argparse.Namespace) -> dict:
     import torch
 
-    from sat import step_benchmark
+    from sat import cost_benchmark, step_benchmark
 
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.threads == 1 else time.perf_counter
-    return step_benchmark.run(options, clock)
+    program = step_benchmark if options.what == "step" else cost_benchmark
+    return program.run(options, clock)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    record = attention(options) if options.what == "attention" else step(options)
+    record = attention(options) if options.what == "attention" else of_steps(options)
     text = json.dumps(record, indent=1) + "\n"
     options.json.parent.mkdir(parents=True, exist_ok=True)
     partial = options.json.with_name(options.json.name + ".partial")

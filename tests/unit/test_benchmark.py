@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sat import benchmark, launch, step_benchmark
+from sat import benchmark, cost_benchmark, launch, step_benchmark
 from sat.attention import block_sparse_attention
 from sat.model import Classifier, num_parameters
 
@@ -97,6 +97,29 @@ def test_quick_benchmark_of_steps(kernels_dir, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(step_benchmark.BARS) + 2
     assert all(line.count("|") == 7 for line in lines)
+
+
+def test_quick_benchmark_of_costs(kernels_dir, tmp_path, capsys):
+    before, file = torch.get_num_threads(), tmp_path / "cost.json"
+    try:
+        benchmark.main(["cost", "--json", str(file), "--quick", "--rounds", "1"])
+    finally:
+        torch.set_num_threads(before)
+    phases = [list(row["seconds_a_sequence"]) for row in json.loads(file.read_text())["results"]]
+    assert phases == [
+        ["dense", "dense score"],
+        ["dense", "dense score", "sparse", "sparse score"],
+    ]
+    softmax, sat = capsys.readouterr().out.splitlines()[2:]
+    assert softmax.startswith("| softmax |") and sat.startswith("| sat |")
+
+
+def test_the_cost_of_a_training_is_the_sum_of_its_parts():
+    # image: 1,000 dense and 9,000 sparse steps of 256, dev (5,000) after every 500, test (10,000)
+    config = step_benchmark.settings("image")
+    seconds = {"dense": 7.0, "dense score": 5.0, "sparse": 3.0, "sparse score": 2.0}
+    expected = 256 * (1_000 * 7 + 9_000 * 3) + 5_000 * (2 * 5 + 18 * 2) + 10_000 * 2
+    assert cost_benchmark.hours(config, "image", seconds) == pytest.approx(expected / 3600)
 
 
 def test_the_plain_model_of_the_benchmark_is_the_same_model():
