@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import safetensors.torch
@@ -84,6 +86,27 @@ def sat(*arguments, launcher=("-m", "sat")):
     )
     assert done.returncode == 0, done.stderr
     return done
+
+
+def test_two_machines_train_as_one(folder, tmp_path):
+    """A launcher on each, as docs/cluster.md says; here both are this machine, and speak through its loopback."""
+    settings = settings_of()
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    trained(settings, folder, alone)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    launcher += ["--master-addr", "127.0.0.1", "--master-port", str(port), "--node-rank"]
+    program = ["-m", "sat", "--mode", "train", "--settings", json.dumps(settings)]
+    where = ["--data-dir", folder, "--output-dir", shared]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(
+            lambda rank: sat(*where, launcher=[*launcher, rank, *program]), ["0", "1"]
+        ):
+            pass
+    assert losses(shared) == pytest.approx(losses(alone), rel=1e-4)
+    assert json.loads((shared / "metrics.json").read_text())["device"]["processes"] == 2
 
 
 def test_two_processes_train_and_score_as_one(folder, tmp_path):
