@@ -1,10 +1,14 @@
 """The demo for real on a tiny configuration: environments, archives, kernels, trainings, table, figures."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pandas
 import pytest
@@ -138,6 +142,61 @@ def test_data_are_the_same_bytes_in_another_process(finished_demo, tmp_path, mon
     (root / "data/tiny/archives/lra_release.gz").unlink()
     project.run("data/tiny/archives/lra_release.gz")
     assert (root / "data/tiny/tfds/cifar10/3.0.2/dataset_info.json").is_file()
+
+
+def test_a_training_killed_with_snakemake_goes_on_to_the_same_result(finished_demo, tmp_path):
+    """SIGKILL for Snakemake and all that it started, in the middle of a training; then the same command again."""
+    root = shutil.copytree(finished_demo.root, tmp_path / "project", symlinks=True)
+    project = stub_project.Project(root)
+    longer = {"num_train_steps": 200, "num_dense_train_steps": 100, "checkpoint_seconds": 0}
+    config = tiny_configuration()
+    config["settings"]["listops"]["training"] |= longer
+    (root / "config/tiny.yaml").write_text(yaml.safe_dump(config))
+    run = root / "results/tiny/runs/listops/sat/seed1001"
+    target = str((run / "metrics.json").relative_to(root))
+    assert project.planned(target) == {"train listops sat 1001"}
+    project.run(target)
+    whole = run.rename(tmp_path / "whole")
+
+    command = ["--cores", "2", target, "--configfile", "config/tiny.yaml"]
+    with open(tmp_path / "said", "w") as said:
+        snakemake = subprocess.Popen(
+            [sys.executable, "-m", "snakemake", *command],
+            cwd=root,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    history = run / "history.jsonl.partial"
+    while not history.is_file() or history.read_text().count('"event": "train"') < 40:
+        assert snakemake.poll() is None, (tmp_path / "said").read_text()
+        time.sleep(0.005)
+    os.killpg(snakemake.pid, signal.SIGKILL)
+    snakemake.wait()
+    while processes_in(root):
+        time.sleep(0.01)
+    assert (run / "checkpoint").is_file() and not (run / "metrics.json").exists()
+
+    project.run("--unlock")
+    project.run(target)
+    log = (root / "results/tiny/logs/train/listops/sat/seed1001.log").read_text()
+    assert "going on from step" in log
+    for name in ("model.safetensors", "pattern.safetensors"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+    one, other = (json.loads((path / "metrics.json").read_text()) for path in (whole, run))
+    for key in ("test", "dev", "switch", "transition", "pattern", "num_steps"):
+        assert one[key] == other[key], key
+    assert not list(run.glob("checkpoint*")) and not list(run.glob("*.partial"))
+
+
+def processes_in(folder):
+    """Ids of the processes that work in the folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cwd").readlink() == folder:
+                found.append(process.name)
+    return found
 
 
 def test_a_corrupt_archive_stops_with_its_name(finished_demo, tmp_path):
