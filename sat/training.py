@@ -353,7 +353,8 @@ class Training:
         # The largest absolute value, NaN when one is: one number to wait for.
         if math.isfinite(nn.utils.get_total_norm(gradients.values(), math.inf)):
             return
-        bad = _not_finite(gradients)
+        names = _not_finite(gradients)
+        bad = [name for name in names if not name.startswith("pattern.")] or names
         raise TrainingFailed(
             f"the gradient is not finite in step {index + 1} ({self.phase} phase), in {len(bad)} of {len(gradients)} "
             f"tensors; nearest to the loss is that of {bad[-1]}. {self._advice}"
@@ -537,13 +538,13 @@ def train(
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with folder_lock.held(output_dir, say) if is_main() else contextlib.nullcontext():
-        with _told_when_memory_runs_out(lambda: "with the model alone"):
+        with _told_when_memory_runs_out(lambda: "before the first step"):
             training = Training(config, manifest["num_inputs"], accelerator)
-        precision = devices.describe(accelerator)["precision"]
-        identity = checkpoint.identity(settings, data.data_digest(manifest), precision)
-        unfinished = _Unfinished(training, output_dir, identity)
-        limit = memory.limit_bytes(config.model.memory_limit_gb)
-        training.limit_memory(limit, manifest["num_inputs"])
+            precision = devices.describe(accelerator)["precision"]
+            identity = checkpoint.identity(settings, data.data_digest(manifest), precision)
+            unfinished = _Unfinished(training, output_dir, identity)
+            limit = memory.limit_bytes(config.model.memory_limit_gb)
+            training.limit_memory(limit, manifest["num_inputs"])
         with (
             _told_when_memory_runs_out(unfinished.where),
             interruption.watching() as stop,
