@@ -138,7 +138,7 @@ def speedup_figure(frame: pd.DataFrame) -> Figure:
         )
     densities = sorted(ours.selected.unique())
     axes.plot(densities, [1 / x for x in densities], "k--", label="1 / density")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
     return figure
 
 
