@@ -120,6 +120,7 @@ def which(options: argparse.Namespace) -> tuple[str, str, str, int]:
 def take_devices(options: argparse.Namespace, arguments: list[str]) -> None:
     """Lock a free GPU a process; where several processes are wanted, become their launcher. Raises ConfigError."""
     started_by_launcher = "LOCAL_RANK" in os.environ
+    gpu_lock.number_as_listed()
     gpus = (
         []
         if options.device == "cpu" or os.environ.get("SAT_GPUS_TAKEN")
