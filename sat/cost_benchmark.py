@@ -49,7 +49,8 @@ def seconds_a_sequence(config, num_inputs: int, rounds: int, clock) -> dict[str,
         index = iter(range(1, 10**9))
         if phase == "sparse":
             if len(phases(config)) == 2:
-                training.step(next(index), batch)  # a pattern may be chosen from the maps of the steps
+                # A pattern may be chosen from the maps of the steps.
+                training.step(next(index), batch)
             training.go_sparse()
         calls[phase] = lambda training=training, index=index: training.step(next(index), batch)
 

@@ -7,11 +7,13 @@ For every shape, in one process and interleaved, with the same allocator setting
     sdpa          plain PyTorch: nn modules, dense scaled_dot_product_attention, no statistics
     materialised  SAT's way: attention maps [B, H, S, S] as tensors, copied for NumPy's statistics
     dense         our dense step: mean maps, pattern loss, skewness and distance
+    without maps  the same step of a run that never switches: no maps, no pattern loss, no statistics
     sparse        our sparse step at the density of the task
 
 A step is forward, backward, clipping by value and AdamW. The clock is wall time, or with one thread
 the CPU time of the process. `outside` is the share of our step that is not model and optimiser:
-gathering the batch, statistics, pattern loss, the line of the history. `peak` is the memory that a step
+gathering the batch (loading), what is done with the mean maps (statistics: skewness, distance, pooling, pattern loss),
+the line of the history (logging), each timed alone. `peak` is the memory that a step
 at length 4096 takes in a process of its own, beyond what the process had before it.
 """
 
@@ -30,7 +32,7 @@ SHAPES = {  # task whose model it is, batch
     "listops": ("listops", 8),
 }
 QUICK_SHAPES = {"image": ("image", 2)}
-WAYS = ("sdpa", "materialised", "dense", "sparse")
+WAYS = ("sdpa", "materialised", "dense", "without maps", "sparse")
 # (name, numerator, denominator, must and aim for each of SHAPES)
 BARS = (
     ("sparse over sdpa, times faster", "sdpa", "sparse", (2.6, 7, 4), (5, 13, 8)),
@@ -162,8 +164,8 @@ def plain_step(config, batch, materialised: bool):
     return step
 
 
-def our_training(config, batch: int, sparse: bool):
-    """(a Training in the phase, its settings)."""
+def our_training(config, batch: int, sparse: bool, rule: str | None = None):
+    """A Training in the phase, with the transition rule of the settings or another one."""
     from sat.runtime import make_accelerator
     from sat.training import Training
 
@@ -173,6 +175,7 @@ def our_training(config, batch: int, sparse: bool):
         training=dataclasses.replace(
             config.training, batch_size=batch, num_dense_train_steps=None, skewness=1e9
         ),
+        transition=dataclasses.replace(config.transition, rule=rule or config.transition.rule),
     )
     training = Training(changed, 1, make_accelerator("cpu", None))
     if sparse:
@@ -180,8 +183,8 @@ def our_training(config, batch: int, sparse: bool):
     return training
 
 
-def our_step(config, batch, sparse: bool):
-    training = our_training(config, len(batch), sparse)
+def our_step(config, batch, sparse: bool, rule: str | None = None):
+    training = our_training(config, len(batch), sparse, rule)
     index = iter(range(1, 10**9))
     return lambda: training.step(next(index), batch)["loss"]
 
@@ -191,6 +194,7 @@ def steps(config, batch):
         "sdpa": plain_step(config, batch, False),
         "materialised": plain_step(config, batch, True),
         "dense": our_step(config, batch, False),
+        "without maps": our_step(config, batch, False, "never"),
         "sparse": our_step(config, batch, True),
     }
 
@@ -216,7 +220,7 @@ def outside(config, size: int, rounds: int, clock) -> dict[str, float]:
             writer.write_table(table)
         split = data.Split(path, False, 0)
         pair = [[torch.rand(S, S) for _ in range(config.model.num_layers)] for _ in range(2)]
-        follower = MapStatistics()
+        follower, training = MapStatistics(), our_training(config, size, False)
         line = {
             "event": "train",
             "step": 1,
@@ -233,6 +237,7 @@ def outside(config, size: int, rounds: int, clock) -> dict[str, float]:
                 split.batch(data.training_rows(4 * size, size, index, 0), S)
                 times["loading"].append(clock() - start)
                 start = clock()
+                training._pattern_step([pair[index % 2]])
                 follower.update(pair[index % 2])
                 times["statistics"].append(clock() - start)
                 start = clock()
@@ -278,7 +283,7 @@ def run(options, clock) -> dict:
         seconds = _measure(steps(config, random_batch(config, batch)), options.rounds, clock)
         results.append({"shape": name, "task": task, "batch": batch, "seconds": seconds})
         parts = outside(config, batch, options.rounds, clock)
-        shares.append({"shape": name, "seconds": parts})
+        shares.append({"shape": name, "seconds": parts, "shares": shares_of(parts, seconds)})
         times = ", ".join(f"{way} {1e3 * value:.0f} ms" for way, value in seconds.items())
         print(f"{name}: {times}", file=sys.stderr)
     record = {
@@ -300,13 +305,30 @@ def run(options, clock) -> dict:
     return record
 
 
+def shares_of(parts: dict[str, float], seconds: dict[str, float]) -> dict[str, dict[str, float]]:
+    """By phase: the share of our step that each part outside the model takes."""
+    dense = {name: value / seconds["dense"] for name, value in parts.items()}
+    sparse = {
+        name: value / seconds["sparse"] for name, value in parts.items() if name != "statistics"
+    }
+    return {"dense": dense, "sparse": sparse}
+
+
 def _verdict(value: float, must: float, aim: float) -> str:
     return "aim" if value >= aim else "must" if value >= must else "MISSED"
 
 
 def table(record: dict) -> list[str]:
-    """Lines of Markdown: every figure, what it must be and what it aims at."""
-    lines = ["| figure | shape | measured | must | aim | reached |", "|---|---|---|---|---|---|"]
+    """Lines of Markdown: milliseconds a step; every figure, what it must be and what it aims at."""
+    lines = [f"| shape | {' | '.join(WAYS)} |", "|---|" + "---:|" * len(WAYS)]
+    for result in record["results"]:
+        times = " | ".join(f"{1e3 * result['seconds'][way]:,.0f}" for way in WAYS)
+        lines.append(f"| {result['shape']} | {times} |")
+    lines += [
+        "",
+        "| figure | shape | measured | must | aim | reached |",
+        "|---|---|---|---|---|---|",
+    ]
     for title, above, below, musts, aims in BARS:
         for result, must, aim in zip(record["results"], musts, aims, strict=False):
             value = result["seconds"][above] / result["seconds"][below]
@@ -314,16 +336,21 @@ def table(record: dict) -> list[str]:
                 f"| {title} | {result['shape']} | {value:.2f} | {must:.2f} | {aim:.2f} "
                 f"| {_verdict(value, must, aim)} |"
             )
-    for share, result in zip(record["outside"], record["results"], strict=True):
-        for phase, parts in (
-            ("dense", ("loading", "statistics", "logging")),
-            ("sparse", ("loading", "logging")),
-        ):
-            value = sum(share["seconds"][part] for part in parts) / result["seconds"][phase]
-            reached = _verdict(-value, -0.1, -0.05)
-            lines.append(
-                f"| outside the model, {phase} step | {share['shape']} | {100 * value:.1f} % | 10 % | 5 % | {reached} |"
-            )
+    for name, phases, most in (
+        ("outside the model", ("dense", "sparse"), (0.1, 0.05)),
+        ("statistics of the maps", ("dense",), (0.05, 0.05)),
+        ("loading", ("dense", "sparse"), (0.02, 0.02)),
+    ):
+        part = {"statistics of the maps": "statistics"}.get(name, name)
+        for share in record["outside"]:
+            for phase in phases:
+                parts = share["shares"][phase]
+                value = parts.get(part, sum(parts.values()))
+                must, aim = (f"{100 * x:.0f} %" for x in most)
+                lines.append(
+                    f"| {name}, share of a {phase} step | {share['shape']} | {100 * value:.1f} % | {must} | {aim} "
+                    f"| {_verdict(-value, *(-x for x in most))} |"
+                )
     if record["peak_bytes"]:
         value = record["peak_bytes"]["materialised"] / max(1, record["peak_bytes"]["dense"])
         lines.append(

@@ -92,11 +92,26 @@ def test_quick_benchmark_of_steps(kernels_dir, tmp_path, capsys):
         benchmark.main(["step", "--json", str(file), "--quick", "--rounds", "1"])
     finally:
         torch.set_num_threads(before)
-    (result,) = json.loads(file.read_text())["results"]
+    record = json.loads(file.read_text())
+    (result,) = record["results"]
     assert set(result["seconds"]) == set(step_benchmark.WAYS)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(step_benchmark.BARS) + 2
-    assert all(line.count("|") == 7 for line in lines)
+    (parts,) = record["outside"]
+    for phase, names in (
+        ("dense", {"loading", "statistics", "logging"}),
+        ("sparse", {"loading", "logging"}),
+    ):
+        assert set(parts["shares"][phase]) == names
+        for name, share in parts["shares"][phase].items():
+            assert share == parts["seconds"][name] / result["seconds"][phase] > 0
+    times, figures = capsys.readouterr().out.split("\n\n")
+    assert [line.count("|") for line in times.splitlines()] == [len(step_benchmark.WAYS) + 2] * 3
+    figures = figures.splitlines()
+    assert len(figures) == 2 + len(step_benchmark.BARS) + 5
+    assert all(line.count("|") == 7 for line in figures)
+    share = 100 * parts["shares"]["dense"]["statistics"]
+    assert f"| statistics of the maps, share of a dense step | image | {share:.1f} % | 5 % |" in (
+        "\n".join(figures)
+    )
 
 
 def test_quick_benchmark_of_costs(kernels_dir, tmp_path, capsys):
