@@ -3,7 +3,8 @@
 `checkpoint` is a safetensors file with a JSON record in its header, followed by the sha256 of all that;
 `checkpoint.old` is the one before, for when the newest is broken. Snakemake knows neither, so it keeps both between two
 attempts. A checkpoint is used only by a training of the same identity: settings, data, code, kernels, an attention of
-one's own, precision and versions of packages. Nothing is unpickled.
+one's own, precision and versions of packages. Settings that change no result do not count: a training that ran out of
+memory goes on with another limit. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -20,10 +21,16 @@ import torch
 
 from sat import runtime
 from sat.attention import kernels
-from sat.config import ROOT, SCHEMA, digest
+from sat.config import ROOT, SCHEMA, digest, merge
 from sat.efficient import source_file
 
 NEWEST, OLDER = "checkpoint", "checkpoint.old"
+# Settings that say how a training fits its machine, and change no result but for the rounding of sums.
+WITHOUT_EFFECT = (
+    ("model", "batch_size"),
+    ("model", "memory_limit_gb"),
+    ("training", "checkpoint_seconds"),
+)
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -33,7 +40,10 @@ class CheckpointBroken(ValueError):
 
 def identity(settings: Mapping, data_sha256: str, precision: str) -> dict[str, str]:
     """What a state belongs to, by name: hashes, the precision as resolved for the device, versions of packages."""
-    parts = {"settings": digest(settings), "data": data_sha256, "code": code_digest()}
+    that_count = merge(settings)
+    for block, key in WITHOUT_EFFECT:
+        that_count.get(block, {}).pop(key, None)
+    parts = {"settings": digest(that_count), "data": data_sha256, "code": code_digest()}
     if own := source_file(settings["model"]["attention"]):
         parts[f"source of the attention ({own.name})"] = hashlib.sha256(
             own.read_bytes()

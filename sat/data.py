@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 
 from sat import seal
-from sat.config import ConfigError, RunConfig
+from sat.config import ConfigError, Model, RunConfig
 
 SPLITS = ("train", "dev", "test")
 
@@ -111,6 +111,13 @@ class Column:
         return np.concatenate(
             [v[o[:-1].astype(np.int64)] for v, o in zip(self.values, self.offsets, strict=True)]
         )
+
+
+def blank_batch(model: Model, num_inputs: int, size: int) -> Batch:
+    """`size` sequences of full length, for measuring what they take."""
+    ids = torch.zeros(size, model.sequence_length, dtype=torch.int64)
+    lengths = torch.full((size,), model.max_seq_len)
+    return Batch([ids] * num_inputs, [lengths] * num_inputs, ids[:, 0])
 
 
 class Split:

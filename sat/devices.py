@@ -131,8 +131,17 @@ def describe(accelerator: Accelerator) -> dict:
 
 def largest(accelerator: Accelerator, value: float) -> float:
     """The largest of the processes' values."""
+    return _reduced(accelerator, value, torch.distributed.ReduceOp.MAX)
+
+
+def total(accelerator: Accelerator, value: float) -> float:
+    """The sum of the processes' values."""
+    return _reduced(accelerator, value, torch.distributed.ReduceOp.SUM)
+
+
+def _reduced(accelerator: Accelerator, value: float, operation) -> float:
     if accelerator.num_processes == 1:
         return value
     tensor = torch.tensor(value, dtype=torch.float64, device=accelerator.device)
-    torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+    torch.distributed.all_reduce(tensor, operation)
     return tensor.item()

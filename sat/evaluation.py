@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -40,24 +41,32 @@ def evaluate(
     limit: int | None = None,
     confusion: torch.Tensor | None = None,
     micro_batch: int | None = None,
+    check: Callable[[], None] | None = None,
 ) -> dict:
-    """{accuracy in [0, 1], loss in nats, examples} of a split, or of its first `limit` rows.
+    """{accuracy in [0, 1], loss in nats, examples, micro_batch} of a split, or of its first `limit` rows.
 
     confusion: an int64 matrix [C, C] (true class, predicted class) to add the counts to.
     micro_batch: sequences at once, `batch_size` of the settings when not given; half of it, a quarter, ... where memory
-    runs out, which changes nothing. Raises memory.OutOfMemory.
+    runs out, which changes nothing; what is returned is what it came to. Raises memory.OutOfMemory.
+    check: called by every process before each batch, the same number of times in all.
     """
     model.eval()
     size = micro_batch or batch_size(config)
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)  # loss, hits, examples
     pairs = torch.zeros(config.model.num_classes**2, dtype=torch.int64, device=accelerator.device)
-    for batch in split.batches(
+    batches = split.batches(
         batch_size(config),
         config.model.sequence_length,
         limit,
         accelerator.process_index,
         accelerator.num_processes,
-    ):
+    )
+    for _ in range(turns(split, config, accelerator, limit)):
+        if check is not None:
+            check()
+        batch = next(batches, None)
+        if batch is None:
+            continue
         batch = batch.to(accelerator.device)
         with accelerator.autocast():
             size, logits = memory.halving(
@@ -76,7 +85,52 @@ def evaluate(
     if confusion is not None:
         confusion += pairs.view_as(confusion)
     loss, hits, examples = sums.tolist()
-    return {"accuracy": hits / examples, "loss": loss / examples, "examples": int(examples)}
+    return {
+        "accuracy": hits / examples,
+        "loss": loss / examples,
+        "examples": int(examples),
+        "micro_batch": size,
+    }
+
+
+def turns(
+    split: data.Split, config: RunConfig, accelerator: Accelerator, limit: int | None = None
+) -> int:
+    """The most batches that a process scores."""
+    rows = len(split) if limit is None else min(limit, len(split))
+    return -(-rows // (batch_size(config) * accelerator.num_processes))
+
+
+@torch.inference_mode()
+def largest_micro_batch(
+    model: Classifier,
+    config: RunConfig,
+    accelerator: Accelerator,
+    masks: list[torch.Tensor] | None,
+    num_inputs: int,
+    most: int,
+) -> int:
+    """Sequences at once, at most `most`, with which this process keeps to the memory limit.
+
+    Raises memory.OutOfMemory when one is too much.
+    """
+    limit = memory.share_of_limit(config.model.memory_limit_gb, accelerator)
+    if limit is None:
+        return most
+    device = accelerator.device
+
+    def peak(size: int) -> int:
+        batch = data.blank_batch(config.model, num_inputs, size)
+        runtime.reset_peak_memory(device)
+        with accelerator.autocast():
+            model(batch, masks)
+        return runtime.peak_memory(device)
+
+    model.eval()
+    peak(1)  # loads libraries, starts threads
+    runtime.reset_peak_memory(device)
+    fixed = runtime.peak_memory(device)
+    return memory.largest_that_fits(most, limit, fixed, peak)[0]
 
 
 def chance(manifest: dict) -> float:
@@ -167,13 +221,16 @@ def evaluate_run(
 ) -> dict:
     """Score a finished run on test with the phase it ended in; the result is also written to <folder>/eval.json.
 
+    Sequences at once are at most those of the training, and fewer where a memory limit asks for it. Time and memory are
+    without the first batch, which is scored twice.
+
     Raises data.DataError without a finished run or without data, ConfigError when the data are not those of the model.
     """
     folder = Path(folder)
     check_finished(folder)
     manifest, splits = data.load(data_dir)
-    trained_on = read_metrics(folder, ["config.json"])["data_sha256"]
-    if data.data_digest(manifest) != trained_on:
+    trained = read_metrics(folder, ["config.json"])
+    if data.data_digest(manifest) != trained["data_sha256"]:
         logger.warning("the data in %s are not those that the run was trained on", data_dir)
     config = settings_of(folder)
     data.check_fits(config, manifest)
@@ -181,11 +238,17 @@ def evaluate_run(
     config, model, masks = load_run(folder, accelerator.device)
     confusion = torch.zeros(config.model.num_classes, config.model.num_classes, dtype=torch.int64)
     confusion = confusion.to(accelerator.device)
+    most = min(trained.get("micro_batch", batch_size(config)), batch_size(config))
+    micro_batch = largest_micro_batch(
+        model, config, accelerator, masks, manifest["num_inputs"], most
+    )
+    score = functools.partial(evaluate, model, splits["test"], config, accelerator, masks)
+    # The first batch loads and checks, and finds out what fits.
+    first = score(batch_size(config) * accelerator.num_processes, micro_batch=micro_batch)
     runtime.reset_peak_memory(accelerator.device)
     started = time.perf_counter()
-    result = evaluate(model, splits["test"], config, accelerator, masks, confusion=confusion)
+    result = score(confusion=confusion, micro_batch=first["micro_batch"])
     seconds = time.perf_counter() - started
-    batches = -(-len(splits["test"]) // batch_size(config))
     result |= {
         "run": config.run,
         "task": config.task,
@@ -197,7 +260,7 @@ def evaluate_run(
         "baseline": baseline(config.task, splits),
         "confusion": confusion.tolist(),
         "batch_size": batch_size(config),
-        "ms_per_batch": 1000 * seconds / -(-batches // accelerator.num_processes),
+        "ms_per_batch": 1000 * seconds / turns(splits["test"], config, accelerator),
         "peak_memory_bytes": int(
             devices.largest(accelerator, runtime.peak_memory(accelerator.device))
         ),

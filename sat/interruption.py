@@ -2,9 +2,12 @@
 
 with watching() as stop:
     ...                                # a step: a signal is remembered
+    if stop.agreed(): ...
     with stop.at_once():
-        scored = evaluate(...)         # changes nothing, may take minutes: a signal ends it here
-    if stop.requested: ...
+        scored = evaluate(..., check=stop.check)    # changes nothing, may take minutes: a signal ends it here
+
+Of several processes each hears a signal at its own time, or only one does: they end at the same `agreed` or `check`,
+else one would wait for ever for what the other no longer sends.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -26,10 +30,14 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """Whether a signal has come. A second one of the same kind ends the process without ceremony."""
+    """Whether a signal has come. A second one of the same kind ends the process without ceremony.
 
-    def __init__(self) -> None:
+    agree: (the signal of this process or 0) -> the largest of the processes'; None when there is one process.
+    """
+
+    def __init__(self, agree: Callable[[int], float] | None = None) -> None:
         self.requested: int | None = None
+        self._agree = agree
         self._at_once = False
 
     def _handle(self, number, frame) -> None:
@@ -42,20 +50,33 @@ class Stop:
 
     @contextlib.contextmanager
     def at_once(self):
-        """Inside, a signal raises Interrupted: for work that changes nothing."""
-        self._at_once = True
+        """Inside, a signal raises Interrupted: for work that changes nothing.
+
+        Of several processes none is ended here, only by `check`.
+        """
+        self._at_once = self._agree is None
         try:
-            if self.requested is not None:
+            if self._at_once and self.requested is not None:
                 raise Interrupted(self.requested)
             yield
         finally:
             self._at_once = False
 
+    def agreed(self) -> int:
+        """The signal that has come to any of the processes, or 0; all of them ask, and get the same answer."""
+        requested = self.requested or 0
+        return requested if self._agree is None else int(self._agree(requested))
+
+    def check(self) -> None:
+        """Raises Interrupted, in all processes or in none, when a signal has come to any; all of them call it."""
+        if number := self.agreed():
+            raise Interrupted(number)
+
 
 @contextlib.contextmanager
-def watching():
+def watching(agree: Callable[[int], float] | None = None):
     """A Stop that hears the signals of this process; in a thread that is not the main one it never does."""
-    stop = Stop()
+    stop = Stop(agree)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

@@ -138,7 +138,7 @@ class Training:
             self.phase, self.transition = "sparse", {"step": 0, "reason": "start"}
         self.optimiser = make_optimiser(self.model, config, self.phase)
         self.micro_batch = batch_size(config)  # sequences that the device takes at once
-        self.memory_limit: int | None = None  # bytes that it was chosen for
+        self.memory_peak: int | None = None  # bytes that a step of it takes, when it was measured
         self.best: dict | None = None
         self.best_weights: dict[str, torch.Tensor] = {}
         self.evaluations_since_best = 0
@@ -233,23 +233,18 @@ class Training:
     def limit_memory(self, limit: int | None, num_inputs: int) -> None:
         """Choose how many sequences are trained on at once so that the process stays below `limit` bytes (CPU).
 
-        Raises memory.OutOfMemory when one is too much.
+        What was chosen before an interruption stays where it fits. Raises memory.OutOfMemory when one is too much.
         """
         device, model = self.accelerator.device, self.config.model
-        if limit is None or device.type != "cpu":
+        if limit is None:
             return
-        if (
-            self.memory_limit is not None and limit >= self.memory_limit
-        ):  # as before an interruption
+        if self.memory_peak is not None and self.memory_peak <= memory.USABLE * limit:
             return
-        self.memory_limit = limit
         want_maps = self.phase == "dense" and self.config.transition.rule != "never"
         before = runtime.random_state(device)
 
         def peak(size: int) -> int:
-            ids = torch.zeros(size, model.sequence_length, dtype=torch.int64)
-            lengths = torch.full((size,), model.max_seq_len)
-            batch = data.Batch([ids] * num_inputs, [lengths] * num_inputs, ids[:, 0])
+            batch = data.blank_batch(model, num_inputs, size)
             runtime.reset_peak_memory(device)
             self._accumulate(batch, size, want_maps, before)
             return runtime.peak_memory(device) + kept
@@ -263,8 +258,9 @@ class Training:
         self.optimiser.zero_grad(set_to_none=True)
         runtime.reset_peak_memory(device)
         fixed = runtime.peak_memory(device) + weights + maps + kept
-        share = limit // self.accelerator.num_processes
-        self.micro_batch = memory.largest_that_fits(self.micro_batch, share, fixed, peak)
+        self.micro_batch, self.memory_peak = memory.largest_that_fits(
+            self.micro_batch, limit, fixed, peak
+        )
         self.optimiser.zero_grad(set_to_none=True)
         runtime.reset_peak_memory(device)
         runtime.set_random_state(before, device)
@@ -434,8 +430,13 @@ class Training:
         self.pattern_report = describe(self.masks, model.block_size, maps)
         self.pooled_maps = maps and [pool(a, model.block_size).float() for a in maps]
 
-    def score(self, split: data.Split, masks: list[torch.Tensor] | None) -> dict:
-        """Score dev, or as much of it as training.num_eval_steps says; changes nothing. masks: None is dense."""
+    def score(
+        self, split: data.Split, masks: list[torch.Tensor] | None, check: Callable[[], None]
+    ) -> dict:
+        """Score dev, or as much of it as training.num_eval_steps says; changes nothing. masks: None is dense.
+
+        check: as `evaluate` calls it.
+        """
         config = self.config
         limit = None  # in rows, so that what a device takes at once changes nothing
         if config.training.num_eval_steps is not None:
@@ -448,6 +449,7 @@ class Training:
             masks,
             limit,
             micro_batch=self.micro_batch,
+            check=check,
         )
 
     def keep_best(self, scored: dict, step: int) -> dict:
@@ -469,8 +471,14 @@ class Training:
             "map_statistics": vars(self.map_statistics),
             "random": runtime.random_state(self.accelerator.device),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            "machine": self._machine_settings,
             **{name: getattr(self, name) for name in self._PLAIN_STATE},
         }
+
+    @property
+    def _machine_settings(self) -> dict:
+        """What micro_batch was chosen for; a training that goes on with other ones chooses anew."""
+        return {"most": batch_size(self.config), "limit": self.config.model.memory_limit_gb}
 
     _PLAIN_STATE = (
         "phase",
@@ -486,7 +494,7 @@ class Training:
         "evaluations_since_best",
         "skipped_steps",
         "micro_batch",
-        "memory_limit",
+        "memory_peak",
     )
 
     def load_state(self, state: dict) -> None:
@@ -497,6 +505,8 @@ class Training:
         vars(self.map_statistics).update(_moved(state["map_statistics"], device))
         for name in self._PLAIN_STATE:
             setattr(self, name, _moved(state[name], device))
+        if state["machine"] != self._machine_settings:
+            self.micro_batch, self.memory_peak = batch_size(self.config), None
         if state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         runtime.set_random_state(state["random"], device)
@@ -543,11 +553,14 @@ def train(
             precision = devices.describe(accelerator)["precision"]
             identity = checkpoint.identity(settings, data.data_digest(manifest), precision)
             unfinished = _Unfinished(training, output_dir, identity)
-            limit = memory.limit_bytes(config.model.memory_limit_gb)
+            limit = memory.share_of_limit(config.model.memory_limit_gb, accelerator)
             training.limit_memory(limit, manifest["num_inputs"])
+        agree = None
+        if accelerator.num_processes > 1:
+            agree = functools.partial(devices.largest, accelerator)
         with (
             _told_when_memory_runs_out(unfinished.where),
-            interruption.watching() as stop,
+            interruption.watching(agree) as stop,
             unfinished.recording(),
         ):
             _run_steps(training, splits, unfinished, stop)
@@ -561,6 +574,7 @@ def train(
                     accelerator,
                     training.masks,
                     micro_batch=training.micro_batch,
+                    check=stop.check,
                 )
         training.check_scored(test, splits["test"], "test", training.masks, unfinished.step)
         test |= {"chance": chance(manifest), "baseline": baseline(config.task, splits)}
@@ -673,7 +687,7 @@ def _run_steps(
             unfinished.finish_step(line)
             progress.update(line)
             # All processes stop after the same step, though the signal reaches each at its own time.
-            requested = int(devices.largest(accelerator, stop.requested or 0))
+            requested = stop.agreed()
             unfinished.save_if(requested != 0)
             if requested:
                 raise Interrupted(requested)
@@ -683,11 +697,11 @@ def _run_steps(
         if due or switching:
             with unfinished.saved_if_interrupted(), stop.at_once():
                 now = training.masks if training.phase == "sparse" else None
-                scored = after_switch = training.score(splits["dev"], now)
+                scored = after_switch = training.score(splits["dev"], now, stop.check)
                 training.check_scored(scored, splits["dev"], "dev", now, step)
                 if switching:
                     training.choose_blocks()
-                    after_switch = training.score(splits["dev"], training.masks)
+                    after_switch = training.score(splits["dev"], training.masks, stop.check)
                     training.check_scored(after_switch, splits["dev"], "dev", training.masks, step)
         if due:
             placed = training.keep_best(scored, step)

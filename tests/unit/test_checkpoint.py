@@ -15,7 +15,7 @@ from processed import repeated_symbol, write_processed
 from test_efficient import OWN
 from test_training import history, settings_of, without_volatile
 
-from sat import checkpoint, training
+from sat import checkpoint, memory, training
 from sat.interruption import Interrupted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -257,6 +257,49 @@ def test_a_checkpoint_of_an_edited_attention_is_not_used(listops, tmp_path, monk
     said = capsys.readouterr().err
     assert "made with other source of the attention (edited_attention.py)" in said
     assert "going on" not in said
+
+
+def test_a_training_goes_on_with_other_limits_of_its_machine(
+    listops, tmp_path, monkeypatch, capsys
+):
+    """After running out of memory, say: settings that change no result do not make it begin anew."""
+    training.train(often(), listops, tmp_path / "whole", device="cpu", threads=1)
+    interrupt(often(), listops, tmp_path / "run", monkeypatch)
+    capsys.readouterr()
+    changed = settings_of(model={"batch_size": 4}, training={"checkpoint_seconds": 100})
+    metrics = training.train(changed, listops, tmp_path / "run", device="cpu", threads=1)
+    assert "going on from step 14" in capsys.readouterr().err
+    assert metrics["micro_batch"] == 4 and metrics["config"] == changed
+    whole, other = (
+        [line for line in history(tmp_path / name) if line["event"] == "train"]
+        for name in ("whole", "run")
+    )
+    assert [line["micro_batch"] for line in other] == [16] * 14 + [4] * 10
+    losses = [line["loss"] for line in whole]
+    assert [line["loss"] for line in other] == pytest.approx(losses, rel=1e-4)
+
+
+def test_what_fitted_before_an_interruption_stays_while_it_fits(listops, tmp_path, monkeypatch):
+    """The limit comes and goes with the other programs; the same parts give the same bits."""
+    share = 10**10
+    monkeypatch.setattr(memory, "share_of_limit", lambda *_: share)
+    measured, fits = [], memory.largest_that_fits
+
+    def noted(most, limit, fixed, peak):
+        measured.append(most)
+        return fits(4 if len(measured) == 1 else most, limit, fixed, peak)
+
+    monkeypatch.setattr(memory, "largest_that_fits", noted)
+    interrupt(often(), listops, tmp_path, monkeypatch)
+    assert measured == [16]
+    share = 9 * 10**9
+    interrupt(often(), listops, tmp_path, monkeypatch, step=16)
+    assert measured == [16]
+    other = often(model={"memory_limit_gb": 9})
+    metrics = training.train(other, listops, tmp_path, device="cpu", threads=1)
+    assert measured == [16, 16] and metrics["micro_batch"] == 16
+    sizes = [x["micro_batch"] for x in history(tmp_path) if x["event"] == "train"]
+    assert sizes == [4] * 16 + [16] * 8
 
 
 @pytest.mark.parametrize(("seconds", "saved_step"), [(0, 14), (300, 12)])

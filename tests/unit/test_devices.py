@@ -2,10 +2,15 @@
 
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -77,14 +82,20 @@ def trained(settings, folder, run):
     return losses(run)
 
 
-def sat(*arguments, launcher=("-m", "sat")):
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+ACCELERATE += ["--main_process_port", "0"]
+ENVIRONMENT = {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
+
+
+def sat(*arguments, launcher=("-m", "sat"), status=0):
     done = subprocess.run(
         [sys.executable, *launcher, *map(str, arguments), "--device", "cpu", "--threads", "2"],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     return done
 
 
@@ -109,20 +120,31 @@ def test_two_machines_train_as_one(folder, tmp_path):
     assert json.loads((shared / "metrics.json").read_text())["device"]["processes"] == 2
 
 
-def test_two_processes_train_and_score_as_one(folder, tmp_path):
-    """A batch of 15, in parts of 4: shares of 7 and 8, and each row drops the same.
+# A batch of 15 in parts of 4: two processes take 7 and 8, and each row drops the same.
+SHARED = {
+    "model": {"batch_size": 4, "dropout_prob": 0.1, "attention_dropout": 0.1},
+    "transition": {"padded_queries": "ignored"},
+    "training": {"patience": 9, "checkpoint_seconds": 0},
+}
 
-    Then the run is scored under accelerate's own launcher.
-    """
-    settings = settings_of(
-        model={"batch_size": 4, "dropout_prob": 0.1, "attention_dropout": 0.1},
-        transition={"padded_queries": "ignored"},
-        training={"patience": 9},
-    )
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    trained(settings, folder, alone)
-    where = ["--data-dir", folder, "--output-dir", shared]
-    done = sat(*["--mode", "train", "--settings", json.dumps(settings), *where, "--processes", "2"])
+
+def arguments_for(folder, run):
+    settings = json.dumps(settings_of(**SHARED))
+    return ["--mode", "train", "--settings", settings, "--data-dir", folder, "--output-dir", run]
+
+
+@pytest.fixture(scope="module")
+def trained_twice(folder, tmp_path_factory):
+    """(run of one process, run of two, what they said)."""
+    runs = tmp_path_factory.mktemp("runs")
+    trained(settings_of(**SHARED), folder, runs / "alone")
+    done = sat(*arguments_for(folder, runs / "shared"), "--processes", "2")
+    return runs / "alone", runs / "shared", done
+
+
+def test_two_processes_train_and_score_as_one(folder, trained_twice):
+    """Then the run is scored under accelerate's own launcher."""
+    alone, shared, done = trained_twice
     assert done.stderr.count("sparse from here on") == 1  # one process speaks
     assert not list(shared.glob("*.partial")) and not (shared / "checkpoint").exists()
     assert losses(shared) == pytest.approx(losses(alone), rel=1e-4)
@@ -150,21 +172,80 @@ def test_two_processes_train_and_score_as_one(folder, tmp_path):
     for name, stored in masks[0].items():  # masks exactly, pooled maps up to rounding
         torch.testing.assert_close(masks[1][name], stored)
 
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    done = sat(
-        "--mode",
-        "eval",
-        "--settings",
-        json.dumps(settings),
-        *where,
-        launcher=[*launcher, "--main_process_port", "0", "-m", "sat"],
-    )
+    arguments = ["eval" if x == "train" else x for x in arguments_for(folder, shared)]
+    done = sat(*arguments, launcher=[*ACCELERATE, "-m", "sat"])
     scored = json.loads((shared / "eval.json").read_text())
     assert json.loads(done.stdout) == scored
     assert scored["device"]["processes"] == 2
     assert scored["accuracy"] == metrics[shared]["test"]["accuracy"]
     assert sum(map(sum, scored["confusion"])) == SIZES["test"]
+
+
+def assert_same_run(one, other):
+    """Weights and pattern bit for bit, losses too, and nothing left over."""
+    for name in ("model.safetensors", "pattern.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    assert losses(one) == losses(other)
+    assert not list(other.glob("*.partial")) and not list(other.glob("checkpoint*"))
+
+
+def test_a_signal_to_one_process_ends_an_evaluation_in_all(folder, tmp_path, trained_twice):
+    """To the second in a dev evaluation, in the turn after which only the first has a batch; to the first in the test.
+
+    Nobody waits for a process that has ended, the state is saved each time, and the end is that of a whole run.
+    """
+    _, shared, _ = trained_twice
+    run = tmp_path / "run"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher += ["-m", "signalled_evaluation"]
+    for rank, call, name in ((1, 14, "SIGTERM"), (0, 36, "SIGINT"), (0, 0, "SIGINT")):
+        done = sat(
+            rank,
+            call,
+            name,
+            *arguments_for(folder, run),
+            launcher=launcher,
+            status=1 if call else 0,
+        )
+        assert (f"ended by {name}; the state is saved" in done.stderr) == bool(call)
+        assert not (run / "failed.json").exists(), done.stderr
+    assert "going on from step 12" in done.stderr
+    assert_same_run(shared, run)
+
+
+def descendants(process: int) -> list[int]:
+    """Ids of a process's children, their children, ... and last its own."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [*(x for child in children for x in descendants(int(child))), process]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes below /proc")
+def test_accelerate_launch_goes_on_after_all_its_processes_were_killed(
+    folder, tmp_path, trained_twice
+):
+    """In the middle of the training, without a warning; the losses stay those of one process."""
+    alone, shared, _ = trained_twice
+    run = tmp_path / "run"
+    command = [sys.executable, *ACCELERATE, "-m", "sat", *map(str, arguments_for(folder, run))]
+    launched = subprocess.Popen(
+        [*command, "--device", "cpu", "--threads", "2"],
+        env=os.environ | ENVIRONMENT,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while not (run / "checkpoint.old").exists():  # the second step is saved
+            assert launched.poll() is None
+            time.sleep(0.001)
+    finally:
+        for process in descendants(launched.pid):
+            os.kill(process, signal.SIGKILL)
+        launched.wait()
+    assert not (run / "metrics.json").exists()
+    done = sat(*arguments_for(folder, run), launcher=[*ACCELERATE, "-m", "sat"])
+    assert "going on from step" in done.stderr
+    assert json.loads((run / "metrics.json").read_text())["device"]["processes"] == 2
+    assert_same_run(shared, run)
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-4)
 
 
 def test_shares_cover_a_batch_once():
@@ -228,6 +309,38 @@ def test_bf16_trains_nearly_alike_and_attends_in_float32(
     assert {tensor.dtype for tensor in model.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("step", [3, 9], ids=["dense", "sparse"])
+def test_bf16_goes_on_from_a_checkpoint(folder, tmp_path, new_accelerator, monkeypatch, step):
+    """Dense, switch, sparse and test, with an end in the middle of a phase: the same bits as without."""
+    settings = settings_of(
+        model={"dropout_prob": 0.1}, training={"precision": "bf16", "checkpoint_seconds": 0}
+    )
+    trained(settings, folder, tmp_path / "whole")
+    real = training.Training.step
+
+    def dying(self, index, batch):
+        if index == step:
+            raise InterruptedError
+        return real(self, index, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(training.Training, "step", dying)
+        trained(settings, folder, tmp_path / "run")
+    trained(settings, folder, tmp_path / "run")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    phases = [x["phase"] for x in history(tmp_path / "run") if x["event"] == "train"]
+    assert phases == ["dense"] * 6 + ["sparse"] * 6
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["device"]["precision"] == "bf16" and metrics["test"]["examples"] == 70
+
+
+def test_a_training_with_fp16_on_a_cpu_is_refused_before_its_first_step(folder, tmp_path):
+    settings = settings_of(training={"precision": "fp16"})
+    with pytest.raises(ConfigError, match="training.precision is fp16, which needs a GPU"):
+        trained(settings, folder, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_gradients_are_clipped_in_their_own_scale():
     """With the scaler's factor of 1024 in it, a gradient of 0.5 is not above a limit of 1, and one of 3 is."""
     weight = torch.nn.Parameter(torch.zeros(2))
@@ -254,6 +367,28 @@ def test_a_compiled_model_has_the_same_losses(folder, tmp_path, monkeypatch):
     plain = trained(settings_of(), folder, tmp_path / "plain")
     compiled = trained(settings_of(training={"compile": True}), folder, tmp_path / "compiled")
     assert compiled == pytest.approx(plain, rel=1e-5)
+
+
+def test_the_code_of_inductor_has_the_same_losses(folder, tmp_path, monkeypatch):
+    """A layer through both phases and their evaluations, as C++ that torch makes and compiles here."""
+    if not any(map(shutil.which, ("g++", "clang++"))):
+        pytest.skip("no C++ compiler for what inductor writes")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        pytest.skip("no Python.h, which inductor's C++ includes")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no processes of its own
+    torch.compiler.reset()
+    steps = {"num_train_steps": 4, "num_dense_train_steps": 2, "warmup": 1}
+    plain, compiled = (
+        trained(
+            settings_of(model={"num_layers": 1}, training={"compile": compile, **steps}),
+            folder,
+            tmp_path / str(compile),
+        )
+        for compile in (False, True)
+    )
+    assert list((tmp_path / "cache").rglob("*.cpp"))
+    assert compiled == pytest.approx(plain, rel=1e-4)
 
 
 def test_compile_without_a_compiler_is_refused(monkeypatch, tmp_path):

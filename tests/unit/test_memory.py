@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from processed import repeated_symbol, write_processed
 from test_training import history, settings_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sat import config, data, memory, runtime, training
+from sat import config, data, evaluation, memory, runtime, seal, training
 from sat.model import Classifier
 
 SIZES = {"train": 128, "dev": 40, "test": 40}
@@ -111,8 +112,91 @@ def test_the_limit_of_the_control_group(tmp_path, files, limit):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert memory.limit_bytes(None, tmp_path) == limit
-    assert memory.limit_bytes(1e-6, tmp_path) == min(1000, limit or 1000)
+    assert memory.limit_bytes(None, 0, tmp_path) == limit
+    assert memory.limit_bytes(1e-6, 0, tmp_path) == min(1000, limit or 1000)
+
+
+V1, V2 = "sys/fs/cgroup/memory/job", "sys/fs/cgroup/job"
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        # 700 in use, of which 200 are files and, of those, 50 shared memory, which stays; 100 are of this training
+        (
+            {
+                "proc/self/cgroup": "0::/job\n",
+                f"{V2}/memory.max": "4096\n",
+                f"{V2}/memory.current": "700\n",
+                f"{V2}/memory.stat": "anon 400\nfile 200\nshmem 50\nslab_reclaimable 10\n",
+            },
+            4096 - (700 - 200 + 50 - 10 - 100),
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/job\n",
+                f"{V1}/memory.limit_in_bytes": "4096\n",
+                f"{V1}/memory.usage_in_bytes": "700\n",
+                f"{V1}/memory.stat": "cache 1\nshmem 2\ntotal_cache 200\ntotal_shmem 50\n",
+            },
+            4096 - (700 - 200 + 50 - 100),
+        ),
+        # others above the group of the job, in a smaller limit
+        (
+            {
+                "proc/self/cgroup": "0::/job/step\n",
+                f"{V2}/step/memory.max": "3000\n",
+                f"{V2}/step/memory.current": "100\n",
+                f"{V2}/step/memory.stat": "file 0\nshmem 0\n",
+                f"{V2}/memory.max": "4096\n",
+                f"{V2}/memory.current": "3100\n",
+                f"{V2}/memory.stat": "file 0\nshmem 0\n",
+            },
+            1096,
+        ),
+        # it counts its own memory a little later than the group does
+        (
+            {
+                "proc/self/cgroup": "0::/job\n",
+                f"{V2}/memory.max": "4096\n",
+                f"{V2}/memory.current": "90\n",
+                f"{V2}/memory.stat": "file 0\nshmem 0\n",
+            },
+            4096,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/job\n",
+                f"{V2}/memory.max": "4096\n",
+                f"{V2}/memory.current": "9000\n",
+                f"{V2}/memory.stat": "file 0\nshmem 0\n",
+            },
+            0,
+        ),
+    ],
+    ids=["version 2", "version 1", "a group above", "no others", "full"],
+)
+def test_what_others_in_the_control_group_hold_is_not_there(tmp_path, files, limit):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert memory.limit_bytes(None, 100, tmp_path) == limit
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_what_this_process_holds(monkeypatch):
+    """A training's own memory is not other programs' in its group."""
+    before = runtime.held_memory()
+    tensor = torch.ones(2**26)  # 256 MiB
+    assert 2**28 <= runtime.held_memory() - before < 2**28 + 2**26
+    del tensor
+
+    held = []
+    monkeypatch.setattr(memory, "cgroup_limit", lambda own, root: held.append(own) or 5 * 10**9)
+    accelerator = runtime.make_accelerator("cpu", 1)
+    assert memory.share_of_limit(None, accelerator) == 5 * 10**9
+    assert memory.share_of_limit(2, accelerator) == 2 * 10**9
+    assert held[0] > 2**20
 
 
 @pytest.mark.parametrize(
@@ -131,7 +215,7 @@ def test_the_largest_size_below_the_limit(limit, size, most_tried):
         with pytest.raises(memory.OutOfMemory, match="one sequence at a time takes"):
             memory.largest_that_fits(64, limit, 200, peak)
         return
-    assert memory.largest_that_fits(64, limit, 200, peak) == size
+    assert memory.largest_that_fits(64, limit, 200, peak) == (size, 200 + 30 * size)
     assert max(tried) == most_tried  # what would not fit is not even tried
 
 
@@ -238,6 +322,12 @@ def metrics_of(run: Path) -> dict:
     return json.loads((run / "metrics.json").read_text())
 
 
+def rewrite_metrics(run: Path, changes: dict) -> None:
+    """With `changes`, sealed anew with the files as they are."""
+    metrics = metrics_of(run) | changes
+    (run / "metrics.json").write_text(json.dumps(seal.add(metrics, run, metrics["files"])))
+
+
 def test_a_limit_is_kept_by_smaller_parts(long, tmp_path):
     """Half of what the free run took beyond torch itself."""
     free = metrics_of(long / "free")
@@ -253,6 +343,82 @@ def test_a_limit_is_kept_by_smaller_parts(long, tmp_path):
     for phase in kept["phases"].values():
         assert phase["peak_memory_bytes"] <= limit * memory.GIGABYTE
     assert losses_of(long / "free") == pytest.approx(losses_of(tmp_path), rel=2e-4)
+
+
+EVALUATION = """
+import sys
+from pathlib import Path
+from sat import evaluation
+evaluation.evaluate_run(Path(sys.argv[1]), Path(sys.argv[2]), "cpu", 1)
+"""
+
+
+def evaluated(run: Path, long: Path, **changes) -> dict:
+    """eval.json of a copy of the free run, scored in a process of its own; changes: of its model settings."""
+    shutil.copytree(long / "free", run)
+    stored = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config.merge(stored, {"model": changes})))
+    rewrite_metrics(run, {})
+    command = [sys.executable, "-c", EVALUATION, run, long / "data"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=config.ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads((run / "eval.json").read_text())
+
+
+def test_a_limit_is_kept_when_a_run_is_scored(long, tmp_path):
+    free = evaluated(tmp_path / "free", long)
+    assert free["micro_batch"] == 64
+    usable = 0.92 * free["peak_memory_bytes"]
+    limit = usable / memory.USABLE / memory.GIGABYTE
+    kept = evaluated(tmp_path / "kept", long, memory_limit_gb=limit)
+    assert 1 <= kept["micro_batch"] < 64
+    assert kept["peak_memory_bytes"] < free["peak_memory_bytes"]
+    assert kept["accuracy"] == free["accuracy"]
+    assert kept["loss"] == pytest.approx(free["loss"], rel=1e-5)
+
+
+def test_a_run_is_scored_in_the_parts_that_it_was_trained_in(folder, tmp_path, monkeypatch):
+    """Its training had to take 3 sequences at once; so does its evaluation, and it goes on halving."""
+    training.train(settings_of(), folder, tmp_path, device="cpu", threads=1)
+    whole = evaluation.evaluate_run(tmp_path, folder, "cpu", 1)
+    assert whole["micro_batch"] == 16
+    rewrite_metrics(tmp_path, {"micro_batch": 3})
+    sizes, forward = [], Classifier.forward
+
+    def failing(self, batch, *arguments):
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise MemoryError
+        return forward(self, batch, *arguments)
+
+    monkeypatch.setattr(Classifier, "forward", failing)
+    parts = evaluation.evaluate_run(tmp_path, folder, "cpu", 1)
+    assert max(sizes) == 3 and parts["micro_batch"] == 1
+    assert parts["accuracy"] == whole["accuracy"]
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+
+
+def test_time_and_memory_of_an_evaluation_are_without_its_first_batch(
+    folder, tmp_path, monkeypatch
+):
+    """The first forward takes 1,000 seconds, by a clock of its own, and 512 MiB; each later one a second."""
+    training.train(settings_of(), folder, tmp_path, device="cpu", threads=1)
+    forward, calls = Classifier.forward, []
+
+    def first_is_slow(self, *arguments):
+        if not calls:
+            torch.ones(2**27)
+        calls.append(1 if calls else 1000)
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(Classifier, "forward", first_is_slow)
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: sum(calls))
+    before = runtime.peak_memory(torch.device("cpu"))
+    scored = evaluation.evaluate_run(tmp_path, folder, "cpu", 1)
+    assert calls[0] == 1000 and scored["examples"] == SIZES["test"]
+    assert scored["ms_per_batch"] == 1000
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        assert scored["peak_memory_bytes"] < before + 2**28
 
 
 def test_too_small_a_limit_is_an_error(folder, tmp_path):
