@@ -12,6 +12,7 @@ reads data/<run>/<task>/ and config/, and writes results/<run>/runs/<task>/<name
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -195,7 +196,8 @@ def main(arguments: list[str] | None = None) -> int:
                 raise  # nothing has run, or the same command goes on
             except Exception as error:
                 if is_main():
-                    failure.record(output_dir, resolved, error)
+                    with contextlib.suppress(OSError):  # the disk may be what failed
+                        failure.record(output_dir, resolved, error)
                 raise
         else:
             result = evaluate_run(output_dir, data_dir, options.device, threads)
@@ -204,6 +206,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{readable(result)}\nalso in {output_dir}/eval.json", file=sys.stderr)
     except (settings.ConfigError, data.DataError, OutOfMemory, TrainingFailed) as error:
         return _fail(error)
+    except OSError as error:
+        return _fail(f"{error}: mend it and run the same command again")
     except Interrupted as interruption:
         if is_main():
             print(
@@ -216,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _fail(error: Exception) -> int:
+def _fail(error: Exception | str) -> int:
     if is_main():
         print(f"error: {error}", file=sys.stderr)
     return 1

@@ -20,6 +20,7 @@ from sat import seal
 from sat.config import ConfigError, Model, RunConfig
 
 SPLITS = ("train", "dev", "test")
+BROKEN = (AttributeError, KeyError, NotImplementedError, OSError, TypeError, ValueError)
 
 
 class DataError(ValueError):
@@ -131,6 +132,8 @@ class Split:
             for name in table.column_names
             if name.startswith("input_ids")
         ]
+        if not pa.types.is_integer(table["label"].type):
+            raise TypeError(f"labels are {table['label'].type}")
         self.labels = table["label"].to_numpy().astype(np.int64)
         self.padded = padded
 
@@ -214,7 +217,12 @@ def load(folder: Path) -> tuple[dict, dict[str, Split]]:
                         f"{path} is not the file that its manifest describes ({what} {value}, expected "
                         f"{described[what]}); delete {folder} and preprocess again"
                     )
-            splits[name] = Split(path, padded, id_offset)
+            try:
+                splits[name] = Split(path, padded, id_offset)
+            except (pa.ArrowException, *BROKEN) as error:
+                raise DataError(
+                    f"{path} is no Arrow file of a split ({error!r}); delete {folder} and preprocess again"
+                ) from None
             if len(splits[name]) != described["rows"]:
                 raise DataError(
                     f"{path} has {len(splits[name])} rows, its manifest says {described['rows']}; delete {folder} "

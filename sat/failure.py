@@ -41,5 +41,8 @@ def record(folder: Path, settings: dict, error: Exception) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{FILE}.partial"
-    partial.write_text(json.dumps(seal.add(content), indent=2) + "\n")
-    partial.replace(folder / FILE)
+    try:
+        partial.write_text(json.dumps(seal.add(content), indent=2) + "\n")
+        partial.replace(folder / FILE)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -22,8 +22,11 @@ def content_sha256(content: Mapping) -> str:
     return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: Path, size: int | None = None) -> str:
+    """sha256 of a file, or of its first `size` bytes."""
     with open(path, "rb") as file:
+        if size is not None:
+            return hashlib.sha256(file.read(size)).hexdigest()
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -758,6 +758,11 @@ class _Unfinished:
         if stored is not None and written < stored[1]["history_bytes"]:
             say(f"{self.folder}: the checkpoint is not used: {self.history_path.name} is cut short")
             stored = None
+        elif stored is not None and stored[1]["history_sha256"] != seal.file_sha256(
+            self.history_path, stored[1]["history_bytes"]
+        ):
+            say(f"{self.folder}: the checkpoint is not used: {self.history_path.name} was changed")
+            stored = None
         self.training.accelerator.wait_for_everyone()  # all have read what one will change
         if stored is None:
             self.begin_phase()
@@ -843,6 +848,7 @@ class _Unfinished:
             "evaluated": self.evaluated,
             "line": self.line,
             "history_bytes": self._history.tell(),
+            "history_sha256": seal.file_sha256(self.history_path, self._history.tell()),
             "threads": torch.get_num_threads(),
             "state": skeleton,
         }

@@ -18,6 +18,14 @@ hypothesis.settings.load_profile("no times")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("faults")
+    group.addoption("--faults", type=int, default=30, help="how many faults to try (default: 30)")
+    group.addoption(
+        "--fault-seed", type=int, default=1, help="seed of the first fault, the others follow"
+    )
+
+
 @pytest.fixture(scope="session")
 def kernels_dir(tmp_path_factory):
     """Folder with libsat_cpu.so; $SAT_KERNELS names it while the tests run. Kept until a source changes."""

@@ -70,6 +70,13 @@ def test_a_failed_compile_shows_an_excerpt_and_keeps_the_log(tmp_path):
     assert "cpu/attention.cpp" in (folder / "build.log").read_text()
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run_script(ROOT / "csrc", tmp_path / "file/kernels")
+    assert done.returncode == 1 and done.stderr.startswith("error: ")
+    assert "file/kernels" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_wrong_source_folder_is_named(tmp_path):
     done = run_script(tmp_path, tmp_path / "kernels")
     assert done.returncode == 1 and f"error: {tmp_path}: expected" in done.stderr

@@ -188,13 +188,18 @@ def test_two_broken_checkpoints_mean_a_new_start(listops, tmp_path, monkeypatch,
     assert_same_end(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_a_history_that_was_cut_means_a_new_start(listops, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("spoil", "words"), [(cut_short, "is cut short"), (flip_a_bit, "was changed")]
+)
+def test_a_history_that_was_changed_means_a_new_start(
+    listops, tmp_path, monkeypatch, capsys, spoil, words
+):
     settings = often()
     training.train(settings, listops, tmp_path / "whole", device="cpu", threads=1)
     interrupt(settings, listops, tmp_path / "cut", monkeypatch)
-    cut_short(tmp_path / "cut/history.jsonl.partial")
+    spoil(tmp_path / "cut/history.jsonl.partial")
     training.train(settings, listops, tmp_path / "cut", device="cpu", threads=1)
-    assert "history.jsonl.partial is cut short" in capsys.readouterr().err
+    assert f"history.jsonl.partial {words}" in capsys.readouterr().err
     assert_same_end(tmp_path / "whole", tmp_path / "cut")
 
 

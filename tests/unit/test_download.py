@@ -46,6 +46,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(BODY, resumes=True, limit=cut)
         elif kind == "slow":
             self.answer(BODY, limit=30_000, pause=0.4)
+        elif kind == "orphan" and tries == 1:
+            self.answer(BODY, limit=30_000, wait=self.server.go_on)
         elif kind == "shorter":
             self.answer(BODY[:-1000])
         elif kind == "restart":
@@ -66,6 +68,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         limit: int | None = None,
         promised: int | None = None,
         pause: float | None = None,
+        wait: threading.Event | None = None,
     ) -> None:
         start = 0
         if resumes and (wanted := self.headers.get("Range")):
@@ -80,9 +83,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str((promised or len(body)) - start))
         self.end_headers()
         self.wfile.write(body[start : start + limit if limit else None])
-        if pause:
+        if pause or wait:
             self.wfile.flush()
-            time.sleep(pause)
+            wait.wait(60) if wait else time.sleep(pause)
             self.wfile.write(body[limit:])
 
     def log_message(self, *_) -> None:
@@ -92,7 +95,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[http.server.ThreadingHTTPServer]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.requests = []
+        server.requests, server.go_on = [], threading.Event()
         server.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
@@ -163,6 +166,30 @@ def test_download_killed_earlier_goes_on(server, tmp_path):
     output, _ = fetch(source(url), tmp_path)
     assert output.read_bytes() == BODY
     assert server.requests == [("/good", "bytes=50000-")]
+
+
+def test_a_download_waits_for_the_curl_of_one_that_was_killed(server, tmp_path):
+    """Two would write into the same file; where the hash is not known yet, nobody would see that."""
+    row = source(f"{server.url}/orphan", sha256=None)
+    output = tmp_path / "archives/set.gz"
+    arguments = ["--source", json.dumps(row), "--output", output, "--record", tmp_path / "record"]
+    with subprocess.Popen(
+        [sys.executable, SCRIPT, *arguments], stderr=subprocess.DEVNULL
+    ) as process:
+        while not list(output.parent.glob("*.part")):
+            time.sleep(0.01)
+        process.kill()
+    with pytest.raises(ValueError, match="another process is downloading .*set.gz"):
+        fetch(row, tmp_path)
+    server.go_on.set()
+    while True:
+        try:
+            output, _ = fetch(row, tmp_path)
+            break
+        except ValueError as error:
+            assert "another process" in str(error)
+            time.sleep(0.01)
+    assert output.read_bytes() == BODY
 
 
 @pytest.mark.parametrize("sha256", [SHA256, None])

@@ -1,7 +1,9 @@
 """Extraction from archives in the layout of the release, whole and broken."""
 
 import gzip
+import hashlib
 import io
+import json
 import resource
 import shutil
 import subprocess
@@ -53,7 +55,9 @@ def pack(path: Path, files: dict[str, bytes], extra: tuple[tarfile.TarInfo, ...]
 
 
 def outputs(folder: Path) -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    """The files below a folder, but for the record of their hashes."""
+    found = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    return [name for name in found if name != extract.RECORD]
 
 
 def refuses(archive: Path, folder: Path, match: str) -> None:
@@ -61,6 +65,23 @@ def refuses(archive: Path, folder: Path, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         extract.extract(archive, folder, LEVEL)
     assert not folder.exists() or outputs(folder) == []
+
+
+def test_what_was_written_is_recorded(tmp_path):
+    archive = pack(tmp_path / "a.gz", members())
+    extract.extract(archive, tmp_path / "raw", LEVEL)
+    recorded = json.loads((tmp_path / "raw" / extract.RECORD).read_text())["files"]
+    assert sorted(recorded) == OUTPUTS
+    for name, sha256 in recorded.items():
+        assert hashlib.sha256((tmp_path / "raw" / name).read_bytes()).hexdigest() == sha256
+
+
+def test_a_broken_archive_that_was_believed_is_got_again_as_the_message_says(tmp_path):
+    archive = tmp_path / "archives/a.gz"
+    archive.parent.mkdir()
+    archive.write_bytes(b"a page to log in")
+    words = f"{archive} is cut or corrupt.*archives/.kept/a.gz and its line in .*checksums.json"
+    refuses(archive, tmp_path / "raw", words)
 
 
 @pytest.mark.parametrize("name", ["lra_release.gz", "lra_release.tar"])

@@ -1,7 +1,9 @@
 """What the data scripts share: progress on a terminal and in a log."""
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from lra import files
@@ -58,6 +60,35 @@ def test_log_has_a_line_now_and_then(monkeypatch):
 def test_error_has_a_line_of_its_own(monkeypatch, terminal):
     text = shown(monkeypatch, terminal, 0.1, fails=True)
     assert text.endswith("\n") == terminal
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from lra.files import locked
+with locked(Path(sys.argv[1]), "holding it"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_keeps_others_out_until_its_process_ends(tmp_path):
+    path = tmp_path / "some/.lock"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, path],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(Path(files.__file__).parents[1])},
+    ) as process:
+        assert process.stdout.readline() == b"held\n"
+        with (
+            pytest.raises(ValueError, match=f"another process is trying .it holds {path}"),
+            files.locked(path, "trying"),
+        ):
+            pytest.fail("two hold the lock")
+        process.kill()
+    with files.locked(path, "trying"):
+        assert path.is_file()
+    assert not path.exists()
 
 
 def test_full_disk_is_one_line_with_the_next_step():

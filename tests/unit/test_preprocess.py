@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -23,6 +24,8 @@ from hypothesis import strategies as st
 from lra import encode, order, readers
 from lra.arrow import read_arrow
 from PIL import Image
+
+from sat import seal
 
 SCRIPTS = Path(preprocess.__file__).parent
 LEVEL = "curv_contour_length_14"
@@ -339,6 +342,20 @@ def rows_of(run_data: Path, task: str, split: str) -> list[dict]:
 
 def hashes(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def test_raw_files_that_extraction_did_not_write_are_refused(tmp_path):
+    make_listops(tmp_path)
+    names = [f"listops/basic_{name}.tsv" for name in ("train", "val", "test")]
+    record = tmp_path / "raw/files.json"
+    record.write_text(json.dumps(seal.add({}, record.parent, names)))
+    assert run(tmp_path, "listops", 20)["splits"]["test"]["rows"]
+    shutil.copyfile(tmp_path / "raw" / names[0], tmp_path / "raw" / names[2])
+    with pytest.raises(ValueError, match="raw/listops/basic_test.tsv is not the file.*extract.py"):
+        run(tmp_path, "listops", 20)
+    (tmp_path / "raw" / names[2]).unlink()
+    with pytest.raises(ValueError, match="raw/listops/basic_test.tsv is missing.*extract.py"):
+        run(tmp_path, "listops", 20)
 
 
 def test_listops_files_and_manifest(tmp_path):

@@ -87,7 +87,7 @@ else:
     rule extract_pathfinder_tfds:
         input:
             script=local("workflow/scripts/extract.py"),
-            modules=local("workflow/scripts/lra/files.py"),
+            modules=local(["workflow/scripts/lra/files.py", "sat/seal.py"]),
             archive=local(f"{ARCHIVES}/{config['sources']['pathfinder_tfds']['file']}"),
         output:
             info=PATHFINDER_TFDS,
@@ -112,7 +112,7 @@ else:
 rule extract:
     input:
         script=local("workflow/scripts/extract.py"),
-        modules=local("workflow/scripts/lra/files.py"),
+        modules=local(["workflow/scripts/lra/files.py", "sat/seal.py"]),
         archive=local(f"{ARCHIVES}/lra_release.gz"),
     output:
         RAW["listops"],

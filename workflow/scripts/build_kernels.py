@@ -239,7 +239,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         record = build_kernels(args.source, args.output_dir, args.cuda, args.cuda_architectures)
-    except BuildError as error:
+    except (BuildError, OSError) as error:
         sys.exit(f"error: {error}")
     for name in ("cpu", "cuda"):
         state = "built" if record[name]["built"] else f"not built: {record[name]['reason']}"

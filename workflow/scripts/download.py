@@ -27,6 +27,7 @@ from pathlib import Path
 
 from lra.files import (
     folder_members,
+    locked,
     parse_json,
     progress,
     read_json,
@@ -52,11 +53,20 @@ def download(
     """Put the archive of `source` at `output` and its record at `record`.
 
     `delay`: seconds before the first retry, doubled after each. Raises ValueError when no place
-    gives the file or its hash is wrong; nothing is then at `output`.
+    gives the file or its hash is wrong, or another process downloads it; nothing is then at `output`.
     """
     if missing := KEYS - source.keys():
         raise ValueError(f"--source lacks the keys {sorted(missing)}")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    # curl holds the lock too: it goes on for a while when this process is killed, and two would mix their bytes.
+    lock = output.with_name(f".{output.name}.lock")
+    with locked(lock, f"downloading {output}") as descriptor:
+        get(source, output, record, manual_dir, delay, descriptor)
+
+
+def get(
+    source: dict, output: Path, record: Path, manual_dir: Path | None, delay: float, lock: int
+) -> None:
+    """What `download` does while it holds the lock whose descriptor `lock` is."""
     ledger_path = output.parent / LEDGER
     ledger = read_json(ledger_path) if ledger_path.exists() else {}
     expected = source["sha256"] or ledger.get(source["file"])
@@ -77,7 +87,7 @@ def download(
         url, sha256 = earlier
         print(f"{source['name']}: using the file of an earlier download", file=sys.stderr)
     else:
-        url, sha256 = fetch(source, output, expected, whose, by_hand, delay)
+        url, sha256 = fetch(source, output, expected, whose, by_hand, delay, lock)
         keep(output, url)
 
     if not source["sha256"] and ledger.get(source["file"]) != sha256:
@@ -138,7 +148,13 @@ def kept(output: Path, expected: str | None) -> tuple[str, str] | None:
 
 
 def fetch(
-    source: dict, output: Path, expected: str | None, whose: str, by_hand: Path | None, delay: float
+    source: dict,
+    output: Path,
+    expected: str | None,
+    whose: str,
+    by_hand: Path | None,
+    delay: float,
+    lock: int,
 ) -> tuple[str, str]:
     """Try the URLs in order; returns the one that gave the file, and the file's sha256."""
     if not shutil.which("curl"):
@@ -150,7 +166,7 @@ def fetch(
         )
         check_space(source, output, part)
         print(f"{source['name']}: downloading {url}", file=sys.stderr)
-        failure = fetch_url(url, part, expected, delay)
+        failure = fetch_url(url, part, expected, delay, lock)
         if failure is None:
             try:
                 sha256 = checked_hash(part, expected, whose)
@@ -180,7 +196,7 @@ def check_space(source: dict, output: Path, part: Path) -> None:
         )
 
 
-def fetch_url(url: str, part: Path, expected: str | None, delay: float) -> str | None:
+def fetch_url(url: str, part: Path, expected: str | None, delay: float, lock: int) -> str | None:
     """Download `url` to `part`, going on where `part` ends; returns None or what went wrong.
 
     A cut that brought new bytes does not count as a failed attempt.
@@ -189,7 +205,7 @@ def fetch_url(url: str, part: Path, expected: str | None, delay: float) -> str |
     attempt = 0
     while attempt < NUM_ATTEMPTS:
         before = part.stat().st_size if part.exists() else 0
-        code, status, message = curl(url, part)
+        code, status, message = curl(url, part, lock)
         if code == 0:
             # curl leaves no file behind when the server sends an empty body.
             part.touch()
@@ -216,7 +232,7 @@ def fetch_url(url: str, part: Path, expected: str | None, delay: float) -> str |
     return failure
 
 
-def curl(url: str, part: Path) -> tuple[int, int, str]:
+def curl(url: str, part: Path, lock: int) -> tuple[int, int, str]:
     """One run of curl: its exit code, the HTTP status (0 for none) and its message."""
     terminal = sys.stderr.isatty()
     command = ["curl", "--fail", "--location", "--continue-at", "-", "--output", str(part)]
@@ -227,7 +243,11 @@ def curl(url: str, part: Path) -> tuple[int, int, str]:
     command += ["--progress-bar"] if terminal else ["--silent"]
     command += ["--write-out", "%{http_code} %{errormsg}", url]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=None if terminal else subprocess.DEVNULL, text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=None if terminal else subprocess.DEVNULL,
+        text=True,
+        pass_fds=[lock],
     )
     try:
         while True:

@@ -7,30 +7,36 @@
 
 The first writes listops/basic_{train,val,test}.tsv, retrieval/new_aan_pairs.{train,eval,test}.tsv and
 pathfinder/<level>.tar: the level's images and metadata stay packed in a plain tar, because 200,000 small
-files are slow to make and slow to delete. The second writes the folder of a TFDS data set. The archive is a tar,
-gzipped or not (recognised by content), or a folder into which one was unpacked. Where the archive holds a member
-twice, the copy in the deepest folder counts (the release repeats some folders, partly broken, one level
-up). Needs nothing but Python; gunzips in a process of its own where pigz or gzip exists.
+files are slow to make and slow to delete. files.json holds the sha256 of all of them. The second writes the
+folder of a TFDS data set. The archive is a tar, gzipped or not (recognised by content), or a folder into which
+one was unpacked. Where the archive holds a member twice, the copy in the deepest folder counts (the release
+repeats some folders, partly broken, one level up). Needs nothing but Python; gunzips in a process of its own
+where pigz or gzip exists.
 """
 
 import argparse
 import contextlib
 import gzip
+import hashlib
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from lra.files import folder_members, progress, run_script, scratch_folder
+from lra.files import folder_members, progress, run_script, scratch_folder, write_json
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from sat import seal  # noqa: E402
 
 LISTOPS = tuple(f"listops/basic_{split}.tsv" for split in ("train", "val", "test"))
 RETRIEVAL = tuple(f"retrieval/new_aan_pairs.{split}.tsv" for split in ("train", "eval", "test"))
 CHUNK = 1 << 20
-AGAIN = "Delete it and get it again"
+RECORD = "files.json"
 
 
 def extract(archive: Path, output_dir: Path, level: str) -> None:
@@ -41,16 +47,28 @@ def extract(archive: Path, output_dir: Path, level: str) -> None:
     """
     outputs = [*LISTOPS, *RETRIEVAL, f"pathfinder/{level}.tar"]
     with scratch_folder(output_dir / ".extract.tmp") as scratch:
-        copy_members(archive, scratch, level)
+        hashes = copy_members(archive, scratch, level)
         missing = [name for name in outputs if not (scratch / name).exists()]
         if missing:
             raise ValueError(
                 f"{archive} has no member for {', '.join(missing)}: it is not the LRA release, or not "
                 f"all of it (expected listops-1000/, tsv_data/ and pathfinder32/{level}/)"
             )
+        # An old record must not describe new files, should this be stopped half way.
+        (output_dir / RECORD).unlink(missing_ok=True)
         for name in outputs:
             (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(scratch / name, output_dir / name)
+        write_json(output_dir / RECORD, seal.add({seal.FILES: hashes}))
+
+
+def again(archive: Path) -> str:
+    """What to do about a broken archive: a download that was believed when it came is still known by its hash."""
+    folder = archive.parent
+    return (
+        f"Delete it, and {folder}/.kept/{archive.name} and its line in {folder}/checksums.json where they are, and get "
+        "it again"
+    )
 
 
 def extract_tfds(archive: Path, output_dir: Path, name: str) -> None:
@@ -79,8 +97,19 @@ def extract_tfds(archive: Path, output_dir: Path, name: str) -> None:
         os.rename(scratch, folder)
 
 
-def copy_members(archive: Path, scratch: Path, level: str) -> None:
-    """Copy the wanted members of the archive to `scratch`, the deepest copy of each."""
+class Hashing:
+    """A file open for writing that knows the sha256 of what was written."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self.sha256.update(data)
+        self.file.write(data)
+
+
+def copy_members(archive: Path, scratch: Path, level: str) -> dict[str, str]:
+    """Copy the wanted members of the archive to `scratch`, the deepest copy of each; -> sha256 by file."""
     pattern = re.compile(
         r"(?P<root>(?:.*/)?)(?:listops-1000/(?P<listops>basic_(?:train|val|test)\.tsv)"
         r"|tsv_data/(?P<retrieval>new_aan_pairs\.(?:train|eval|test)\.tsv)"
@@ -88,6 +117,7 @@ def copy_members(archive: Path, scratch: Path, level: str) -> None:
         r"(?P<pathfinder>imgs/\d+/sample_\d+\.png|metadata/\d+\.npy))"
     )
     depths: dict[str, int] = {}
+    hashing: dict[str, Hashing] = {}
     num_images = num_metadata = 0
     tar_path = scratch / "pathfinder" / f"{level}.tar"
     with contextlib.ExitStack() as stack:
@@ -109,12 +139,14 @@ def copy_members(archive: Path, scratch: Path, level: str) -> None:
             check_space(archive, info, scratch)
             if family != "pathfinder":
                 with open(path, "wb") as file:
-                    copy_bytes(archive, info, stream, file)
+                    hashing[f"{family}/{name}"] = Hashing(file)
+                    copy_bytes(archive, info, stream, hashing[f"{family}/{name}"])
                 continue
             if depth > known:
                 if packed:
-                    packed.close()
-                packed = stack.enter_context(open(path, "wb"))
+                    packed.file.close()
+                packed = Hashing(stack.enter_context(open(path, "wb")))
+                hashing[f"pathfinder/{level}.tar"] = packed
                 num_images = num_metadata = 0
             num_images += name.endswith(".png")
             num_metadata += name.endswith(".npy")
@@ -126,10 +158,11 @@ def copy_members(archive: Path, scratch: Path, level: str) -> None:
             f"{archive}: pathfinder32/{level} has {num_images} images and {num_metadata} metadata "
             "files, expected both"
         )
+    return {name: file.sha256.hexdigest() for name, file in hashing.items()}
 
 
 def append(
-    archive: Path, info: tarfile.TarInfo, stream: BinaryIO, name: str, packed: BinaryIO
+    archive: Path, info: tarfile.TarInfo, stream: BinaryIO, name: str, packed: Hashing
 ) -> None:
     """Add one member to the plain tar, its header free of dates and owners."""
     header = tarfile.TarInfo(name)
@@ -139,12 +172,16 @@ def append(
     packed.write(bytes(-info.size % tarfile.BLOCKSIZE))
 
 
-def copy_bytes(archive: Path, info: tarfile.TarInfo, stream: BinaryIO, file: BinaryIO) -> None:
+def copy_bytes(
+    archive: Path, info: tarfile.TarInfo, stream: BinaryIO, file: BinaryIO | Hashing
+) -> None:
     remaining = info.size
     while remaining:
         chunk = stream.read(min(CHUNK, remaining))
         if not chunk:
-            raise ValueError(f"{archive} is cut or corrupt: it ends in {info.name}. {AGAIN}")
+            raise ValueError(
+                f"{archive} is cut or corrupt: it ends in {info.name}. {again(archive)}"
+            )
         file.write(chunk)
         remaining -= len(chunk)
 
@@ -223,7 +260,7 @@ def tar_members(archive: Path) -> Iterator[tuple[tarfile.TarInfo, BinaryIO]]:
             while stream.read(CHUNK):
                 pass
         except (tarfile.TarError, EOFError, gzip.BadGzipFile) as error:
-            raise ValueError(f"{archive} is cut or corrupt: {error}. {AGAIN}") from None
+            raise ValueError(f"{archive} is cut or corrupt: {error}. {again(archive)}") from None
 
 
 @contextlib.contextmanager
@@ -248,7 +285,7 @@ def open_stream(archive: Path) -> Iterator[BinaryIO]:
                 message = process.stderr.read().decode(errors="replace").strip()
                 # Exit 2 is a warning: bytes after the end of the gzip data, which nobody reads.
                 if process.wait() not in (0, 2):
-                    raise ValueError(f"{archive} is cut or corrupt: {message}. {AGAIN}")
+                    raise ValueError(f"{archive} is cut or corrupt: {message}. {again(archive)}")
             finally:
                 process.kill()
                 process.wait()

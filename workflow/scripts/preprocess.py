@@ -257,12 +257,26 @@ def source_records(source: str, run_data: Path) -> list[dict]:
     )
 
 
+def check_extracted(task: str, source: str, options: dict, raw: Path) -> None:
+    """ValueError when a raw file that the task reads is not the one that extract.py wrote and recorded."""
+    record = raw / "files.json"
+    if source != "lra_release" or not record.is_file():
+        return
+    again = f"delete {raw} and run extract.py, or the same command of snakemake, again"
+    sealed = seal.read(record, again)
+    names = [name for name in sealed.get(seal.FILES, {}) if name.startswith(f"{task}/")]
+    if task == "pathfinder":
+        names = [f"pathfinder/{options['level']}.tar"]
+    seal.check_files(raw, sealed, names, again)
+
+
 def open_task(
     task: str, source: str, options: dict, caps: dict, max_length: int, run_data: Path
 ) -> tuple[Batches, dict[str, Refused]]:
     """Batches of each split that the task's source has, and where its refused rows are noted."""
     refused = {split: Refused() for split in SPLITS}
     raw = run_data / "raw"
+    check_extracted(task, source, options, raw)
     tsv_folder = raw / task if source == "lra_release" else run_data / "archives"
     if task == "listops":
         names = {"train": "train", "dev": "val", "test": "test"}

@@ -108,14 +108,21 @@ def read_rows(path: Path, text_column: str, label_column: str) -> list[tuple[byt
             raise ValueError(
                 f"expected .csv, .tsv, .jsonl or .parquet, found {suffix or 'no ending'}"
             )
-    except (pa.ArrowInvalid, ValueError) as error:
+        columns = table.column_names
+        texts, labels = (
+            table[column].to_pylist() if column in columns else None
+            for column in (text_column, label_column)
+        )
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, KeyError, OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
-    for column in (text_column, label_column):
-        if column not in table.column_names:
-            raise ValueError(
-                f"{path}: no column {column!r}; it has {', '.join(table.column_names)}"
-            )
-    texts, labels = table[text_column].to_pylist(), table[label_column].to_pylist()
+    for column, values in ((text_column, texts), (label_column, labels)):
+        if values is None:
+            raise ValueError(f"{path}: no column {column!r}; it has {', '.join(columns)}")
+    for row, text in enumerate(texts, 1):
+        if not isinstance(text, str | bytes | None):
+            raise ValueError(f"{path}: row {row}: {text_column} is {text!r:.40}, expected a text")
     return [
         (
             text.encode() if isinstance(text, str) else text or b"",

@@ -5,6 +5,7 @@ Standard library only, so that downloads and the extraction run with any Python 
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -73,17 +74,49 @@ def require(path: Path, step: str) -> Path:
 
 
 @contextlib.contextmanager
+def locked(path: Path, doing: str) -> Iterator[int]:
+    """Hold the lock file `path`, which is gone afterwards; yields its descriptor, for children that hold it too.
+
+    ValueError when another process, which is `doing` something, has it. The kernel takes it from a process that ends,
+    however it does. On a file system without locks there is none.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ValueError(
+                f"another process is {doing} (it holds {path}): wait until it has ended, or end it"
+            ) from None
+        except OSError:
+            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                break
+        os.close(descriptor)  # its holder has just removed it
+    try:
+        yield descriptor
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
     """An empty folder at `path` that is gone afterwards, whatever happens.
 
-    The name is fixed, so that what a killed attempt left there is removed by the next one.
+    The name is fixed, so that what a killed attempt left there is removed by the next one. ValueError when another
+    process works there.
     """
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    try:
-        yield path
-    finally:
+    with locked(path.with_name(f"{path.name}.lock"), f"at work in {path}"):
         shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def folder_members(folder: Path) -> Iterator[tuple[tarfile.TarInfo, Path]]:

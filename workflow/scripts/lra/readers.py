@@ -47,6 +47,7 @@ PATHFINDER_SALTS = {
 IMAGE = re.compile(r"imgs/(\d{1,9})/sample_(\d{1,9})\.png")
 PACKED_IMAGE = re.compile(IMAGE.pattern.encode())
 PACKED_METADATA = re.compile(rb"metadata/(\d{1,9})\.npy")
+OCTAL = re.compile(rb"[0-7]{11}")
 SAMPLE = re.compile(r"sample_(\d{1,9})\.png")
 
 
@@ -359,17 +360,21 @@ def index_tar(path: Path) -> tuple[dict[int, tuple[int, int]], np.ndarray]:
     """Where the files are in a tar that extract.py wrote (plain ustar headers).
 
     Offset and size of each metadata file by its number, and of the images: int64 [n, 3], image_number, offset and
-    size, sorted.
+    size, sorted. ValueError when it is no such tar.
     """
     block = tarfile.BLOCKSIZE
+    whole = path.stat().st_size
     metadata, images = {}, array("q")
     at = 0
     with open(path, "rb", buffering=READ_BYTES) as file:
         while (header := file.read(block)) != bytes(block):
             if len(header) < block:
                 raise ValueError(f"{path} is cut: make it again with extract.py")
-            name = header[: header.index(0)]
-            size = int(header[124:135], 8)
+            name = header[:100].rstrip(b"\0")
+            digits = header[124:135]
+            size = int(digits, 8) if OCTAL.fullmatch(digits) else whole
+            if at + block + size > whole:
+                raise ValueError(f"{path} is cut or broken: make it again with extract.py")
             if match := PACKED_IMAGE.fullmatch(name):
                 images.extend((image_number(*match.groups()), at + block, size))
             elif match := PACKED_METADATA.fullmatch(name):
