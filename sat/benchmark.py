@@ -181,6 +181,10 @@ def cases(batch: int, length: int, blocks, densities, use_flex: bool):
     real = torch.full((batch,), length // 2, dtype=torch.int32)
     padded = lambda q, k, v: dense_attention(q, k, v, lengths=real)  # noqa: E731
     yield "sat dense half padded", None, None, 1.0, padded, True
+    counted = lambda q, k, v: dense_attention(  # noqa: E731   as sat's dense phase: padded queries attend
+        q, k, v, lengths=real, padded_queries="attend", return_map=True
+    )[0]
+    yield "sat dense half padded, counted", None, None, 1.0, counted, True
     if length <= MATERIALISED_LENGTH and batch <= MATERIALISED_BATCH:
         yield "materialised", None, None, 1.0, materialised, True
     generator = torch.Generator().manual_seed(0)

@@ -45,7 +45,7 @@ def seconds_a_sequence(config, num_inputs: int, rounds: int, clock) -> dict[str,
     )
     calls = {}
     for phase in phases(config):
-        training = step_benchmark.our_training(config, size, sparse=False)
+        training = step_benchmark.our_training(config, size, False, num_inputs=num_inputs)
         index = iter(range(1, 10**9))
         if phase == "sparse":
             if len(phases(config)) == 2:

@@ -164,7 +164,7 @@ def plain_step(config, batch, materialised: bool):
     return step
 
 
-def our_training(config, batch: int, sparse: bool, rule: str | None = None):
+def our_training(config, batch: int, sparse: bool, rule: str | None = None, num_inputs: int = 1):
     """A Training in the phase, with the transition rule of the settings or another one."""
     from sat.runtime import make_accelerator
     from sat.training import Training
@@ -177,7 +177,7 @@ def our_training(config, batch: int, sparse: bool, rule: str | None = None):
         ),
         transition=dataclasses.replace(config.transition, rule=rule or config.transition.rule),
     )
-    training = Training(changed, 1, make_accelerator("cpu", None))
+    training = Training(changed, num_inputs, make_accelerator("cpu", None))
     if sparse:
         training.go_sparse()
     return training

@@ -61,11 +61,14 @@ def block_sparse_attention(
     Returns: [B, H, N, D], or (that, lse).
     Raises: ValueError that says what was expected.
     """
-    _check_qkv(q, k, v, dropout_p)
+    _check_qkv(q, k, v, dropout_p, seed)
     length = q.shape[2]
-    if block_size < 1 or length % block_size:
-        raise ValueError(f"block_size: expected a divisor of the length {length}, got {block_size}")
+    if not isinstance(block_size, int) or block_size < 1 or length % block_size:
+        raise ValueError(
+            f"block_size: expected a divisor of the length {length}, got {block_size!r}"
+        )
     num_blocks = length // block_size
+    _check_tensor("block_mask", block_mask)
     if block_mask.dtype != torch.bool or tuple(block_mask.shape) != (num_blocks, num_blocks):
         raise ValueError(
             f"block_mask: expected torch.bool [{num_blocks}, {num_blocks}] for length {length} and "
@@ -108,7 +111,7 @@ def dense_attention(
     Returns: [B, H, N, D], or (that, map).
     Raises: ValueError that says what was expected.
     """
-    _check_qkv(q, k, v, dropout_p)
+    _check_qkv(q, k, v, dropout_p, seed)
     if padded_queries not in ("zero", "attend"):
         raise ValueError(f"padded_queries: expected zero or attend, got {padded_queries!r}")
     lengths = _check_lengths(lengths, q)
@@ -120,24 +123,42 @@ def dense_attention(
     return (o, mean_map.detach()) if return_map else o
 
 
-def _check_qkv(q, k, v, dropout_p) -> None:
-    if q.dim() != 4 or not q.is_floating_point():
-        raise ValueError(f"q: expected floating point [B, H, N, D], got {q.dtype} {list(q.shape)}")
+def _check_tensor(name, x) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
+
+
+def _check_qkv(q, k, v, dropout_p, seed) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, x)
+    if q.dim() != 4 or not q.is_floating_point() or 0 in q.shape:
+        raise ValueError(
+            f"q: expected floating point [B, H, N, D], none of them 0, got {q.dtype} {list(q.shape)}"
+        )
     for name, x in (("k", k), ("v", v)):
         if (x.shape, x.dtype, x.device) != (q.shape, q.dtype, q.device):
             raise ValueError(
                 f"{name}: expected {q.dtype} {list(q.shape)} on {q.device} as q, "
                 f"got {x.dtype} {list(x.shape)} on {x.device}"
             )
-    if not 0 <= dropout_p < 1:
+    if not 0 <= dropout_p < 1 - 2**-25:  # which is 1 in float32
         raise ValueError(f"dropout_p: expected a number in [0, 1), got {dropout_p}")
+    if seed is not None:
+        _check_tensor("seed", seed)
+        if seed.dtype != torch.int64 or seed.dim():
+            raise ValueError(f"seed: expected int64 [], got {seed.dtype} {list(seed.shape)}")
 
 
 def _check_lengths(lengths, q) -> torch.Tensor | None:
     """lengths as contiguous int32 on the device of q."""
     if lengths is None:
         return None
-    if lengths.is_floating_point() or tuple(lengths.shape) != (q.shape[0],):
+    _check_tensor("lengths", lengths)
+    if (
+        lengths.is_floating_point()
+        or lengths.dtype == torch.bool
+        or tuple(lengths.shape) != (q.shape[0],)
+    ):
         raise ValueError(
             f"lengths: expected integers [{q.shape[0]}], got {lengths.dtype} {list(lengths.shape)}"
         )

@@ -73,7 +73,9 @@ def load_library(device_type: str) -> ctypes.CDLL:
     try:
         record = json.loads((folder / "kernels.json").read_text(encoding="utf-8"))[device_type]
         if not record["built"]:
-            raise KernelLibraryError(f"{path.name} was not built: {record['reason']}")
+            raise KernelLibraryError(
+                f"{path.name} was not built: {record['reason']}; once that is mended, build it with: {BUILD_COMMAND}"
+            )
         content = path.read_bytes()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise KernelLibraryError(f"{path}: {error!r}; {rebuild}") from error
@@ -346,8 +348,8 @@ dense_operator.register_autograd(_dense_gradients, setup_context=_dense_setup)
 def direct(forward, setup, gradients, differentiable=1):
     """forward with gradients through autograd alone, for its first `differentiable` outputs.
 
-    The operators are for torch.compile and the like. Going through torch's dispatcher costs a
-    quarter of a millisecond forward and backward, as much as a call with few blocks selected.
+    The operators are for torch.compile and the like. Going through torch's dispatcher costs about
+    as much as a call with few blocks selected.
     """
 
     only_once = torch.autograd.function.once_differentiable(gradients)

@@ -290,6 +290,19 @@ GOOD = {"block_size": BLOCK}
         ({"k": torch.zeros(B, H, N, D + 1)}, GOOD, "k: expected torch.float32 \\[3, 2, 64, 8\\]"),
         ({"v": torch.zeros(B, H, N, D, dtype=torch.float64)}, GOOD, "v: expected torch.float32"),
         ({"v": torch.zeros(B, H, N, D, device="meta")}, GOOD, "on meta"),
+        (
+            {"q": torch.zeros(0, H, N, D)},
+            GOOD,
+            "q: expected .*none of them 0, got .*\\[0, 2, 64, 8",
+        ),
+        ({"q": torch.zeros(B, H, N, D).numpy()}, GOOD, "q: expected a tensor, got ndarray"),
+        ({"mask": None}, GOOD, "block_mask: expected a tensor, got NoneType"),
+        ({}, {"block_size": 32.0}, "block_size: expected a divisor of the length 64, got 32.0"),
+        ({}, GOOD | {"lengths": [64, 3, 2]}, "lengths: expected a tensor, got list"),
+        ({}, GOOD | {"lengths": torch.ones(3, dtype=torch.bool)}, "lengths: expected integers"),
+        ({}, GOOD | {"dropout_p": 1 - 1e-9}, "dropout_p: expected a number in \\[0, 1\\)"),
+        ({}, GOOD | {"seed": 5}, "seed: expected a tensor, got int"),
+        ({}, GOOD | {"seed": torch.zeros(2, dtype=torch.int64)}, "seed: expected int64 \\[\\]"),
         ({}, {"block_size": 24}, "block_size: expected a divisor of the length 64, got 24"),
         ({}, {"block_size": 0}, "block_size: expected a divisor"),
         ({"mask": torch.ones(3, 4, dtype=torch.bool)}, GOOD, "block_mask: expected torch.bool"),
@@ -311,7 +324,7 @@ GOOD = {"block_size": BLOCK}
 )
 def test_a_wrong_argument_is_named(change, options, message):
     q, k, v = make_inputs(torch.float32)
-    mask = torch.ones(N // (options["block_size"] or 1), 1).expand(-1, 4).bool()
+    mask = torch.ones(N // (int(options["block_size"]) or 1), 1).expand(-1, 4).bool()
     if options["block_size"] == 8:
         mask = torch.ones(8, 8, dtype=torch.bool)
     arguments = {"q": q, "k": k, "v": v, "mask": mask} | change
@@ -355,7 +368,7 @@ def test_without_a_library_reference_is_used_with_a_warning(
 
 def test_a_backend_that_gives_other_numbers_is_not_used(monkeypatch, caplog, forget_choices):
     monkeypatch.setattr(selection, "unavailable", lambda backend: None)
-    monkeypatch.setattr(selection, "largest_error", lambda backend: 1e-3)
+    monkeypatch.setattr(selection, "largest_error", lambda backend, dtype: 1e-3)
     assert attention.selected_backend("cpu") == "reference"
     assert "differ from reference by 1.0e-03" in caplog.text
 

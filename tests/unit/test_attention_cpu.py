@@ -29,8 +29,8 @@ def instruction_set(request, kernels_dir):
     library.sat_use_instruction_set(None)
 
 
-def check(call, inputs):
-    attention_cases.check(call, "cpu", inputs)
+def check(call, inputs, **options):
+    attention_cases.check(call, "cpu", inputs, **options)
 
 
 def sparse(mask, block_size, **options):
@@ -72,10 +72,11 @@ def test_dense_with_map(instruction_set, shape, padded_queries):
 @pytest.mark.parametrize("denominator", kernels.DENOMINATORS)
 def test_large_scores_stay_finite(instruction_set, denominator, scale):
     inputs = random((2, 1, 64, 32), scale=scale)
-    check(sparse(random_mask(2, "all"), 32, denominator=denominator), inputs)
+    # The scale is folded into q, one rounding more of scores whose roundings count.
+    check(sparse(random_mask(2, "all"), 32, denominator=denominator), inputs, factor=3)
     mask = torch.eye(4, dtype=torch.bool)
-    check(sparse(mask, 16, denominator=denominator), inputs)
-    check(dense(), inputs)
+    check(sparse(mask, 16, denominator=denominator), inputs, factor=3)
+    check(dense(), inputs, factor=3)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -85,7 +86,7 @@ def test_all_scores_of_a_row_at_one_end(denominator, sign):
     q, k = sign * 100 * q.abs(), 10 * k.abs()  # every score is far above or far below 0
     assert (q @ k.mT / 32**0.5).abs().min() > 1e3
     function = sparse(torch.eye(2, dtype=torch.bool), 32, denominator=denominator)
-    check(function, [q, k, v, d_o])
+    check(function, [q, k, v, d_o], factor=3)
 
 
 @settings(max_examples=15, deadline=None)
@@ -140,7 +141,7 @@ def test_gradients_reach_a_packed_qkv():
 
 @pytest.mark.parametrize(
     ("call", "returned"),
-    [(sparse(torch.eye(128, dtype=torch.bool), 32), 0), (dense(), 4 * 4096**2)],
+    [(sparse(torch.ones(128, 128, dtype=torch.bool), 32), 0), (dense(), 4 * 4096**2)],
     ids=["sparse", "dense"],
 )
 def test_nothing_of_the_size_of_the_scores_is_held(call, returned):

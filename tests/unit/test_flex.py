@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sat.attention as attention
-from sat import benchmark
+from sat import backends, benchmark
 from sat.attention import flex, kernels, reference, selection
 
 BLOCK, N = 32, 128
@@ -91,26 +91,44 @@ def test_behind_the_door_on_the_cpu_by_name():
 
 @pytest.fixture
 def a_gpu(monkeypatch):
-    """The choice for a GPU, with errors given by a table: what it takes and what it logs."""
-    errors = {}
+    """The choice for a GPU, with errors and times given by tables: what it takes and what it logs."""
+    errors, times = {}, {}
 
-    def largest_error(backend):
-        if isinstance(errors[backend], Exception):
-            raise errors[backend]
-        return errors[backend]
+    def largest_error(backend, dtype):
+        error = errors.get((backend, dtype), errors[backend])
+        if isinstance(error, Exception):
+            raise error
+        return error
 
     monkeypatch.setattr(selection, "unavailable", lambda backend: None)
     monkeypatch.setattr(selection, "largest_error", largest_error)
+    monkeypatch.setattr(selection, "milliseconds", times.__getitem__)
     monkeypatch.setattr(kernels, "instruction_set", lambda device_type: "cuda")
-    return errors
+    return errors, times
 
 
-def test_on_a_gpu_flex_comes_after_the_kernels(a_gpu, caplog):
-    a_gpu.update(cuda=1e-7, flex=1e-7)
+def test_on_a_gpu_the_fastest_of_those_that_pass(a_gpu, caplog):
+    errors, times = a_gpu
+    errors.update(cuda=1e-7, flex=1e-7)
+    times.update(cuda=1.0, flex=2.0)
     assert selection._choose.__wrapped__("cuda") == "cuda" and not caplog.records
-    a_gpu.update(cuda=RuntimeError("no kernel image"))
-    assert selection._choose.__wrapped__("cuda") == "flex"
-    assert "its check failed: no kernel image" in caplog.text
-    a_gpu.update(flex=1.0)
+    times.update(flex=0.5)
+    with caplog.at_level("INFO"):
+        assert selection._choose.__wrapped__("cuda") == "flex"
+    assert "attention on cuda: flex; cuda 1.00 ms a call; flex 0.50 ms a call" in caplog.text
+    errors.update(flex=1.0)
+    assert selection._choose.__wrapped__("cuda") == "cuda"
+    errors.update({("cuda", torch.bfloat16): 0.5})
     assert selection._choose.__wrapped__("cuda") == "reference"
+    assert "not cuda: its kernels differ from reference by 5.0e-01 in bfloat16" in caplog.text
     assert "plain PyTorch" in caplog.text and "not flex: its kernels differ" in caplog.text
+
+
+def test_a_check_that_fails_is_said_in_the_table(a_gpu, capsys):
+    errors, times = a_gpu
+    errors.update(cuda=RuntimeError("no kernel image"), cpu=1e-7, flex=1e-7, reference=1e-7)
+    times.update(cpu=1.0, flex=1.0, reference=1.0)
+    assert selection._choose.__wrapped__("cuda") == "flex"
+    rows = {row[0]: row for row in backends.table()}
+    assert rows["cuda"][2] == "NO: its check failed: no kernel image"
+    assert rows["cpu"][2:] == ("yes (1e-07)", "1.0 ms")

@@ -6,9 +6,8 @@ BENCHMARK = f"{RESULTS}/benchmark"
 rule measure_attention:
     input:
         env=local("envs/torch.yaml"),
-        sources=sorted(
-            str(path) for path in [*Path("sat/attention").glob("*.py"), Path("sat/benchmark.py")]
-        ),
+        sources=sorted(map(str, Path("sat/attention").glob("*.py")))
+        + [f"sat/{name}.py" for name in ("benchmark", "launch", "runtime")],
         kernels=rules.compile_kernels.output,
     output:
         json=f"{BENCHMARK}/attention.json",
