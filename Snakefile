@@ -117,8 +117,9 @@ for _name, _task in [
 onstart:
     make_environments()
     Path(RESULTS).mkdir(parents=True, exist_ok=True)
+    # In the configuration's own order: rules record parts of it as params, and another order is another text.
     partial = Path(f"{RESULTS}/config.json.partial")
-    partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    partial.write_text(json.dumps(config, indent=2) + "\n")
     partial.replace(f"{RESULTS}/config.json")
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import collect
 import compare
@@ -9,6 +10,7 @@ import pytest
 import tables
 from made_up_runs import make_config, make_metrics, seal_run, write_run
 
+from sat import config as settings
 from sat.config import ROOT
 
 PUBLISHED = compare.read_published(ROOT / "config/published.csv")
@@ -103,6 +105,13 @@ def test_ablation_says_what_sets_a_run_apart(tmp_path):
     assert (0, list(table.headings).index("transition rule")) in table.bold
 
 
+def test_sat_continue_is_sat_with_another_learning_rate_after_the_switch():
+    demo = settings.load("demo")
+    sat, other = (settings.resolve(demo, "listops", a, 1) for a in ("sat", "sat-continue"))
+    assert other["transition"] == sat["transition"] | {"learning_rate": "continue"}
+    assert all(other[block] == sat[block] for block in ("pattern", "model", "training"))
+
+
 def test_ablation_finds_settings_nobody_foresaw(tmp_path):
     config = make_config(attentions=["sat", "odd"], seeds=[1001])
     runs = [make_metrics(attention=a, switch=(120, "rule")) for a in ("sat", "odd")]
@@ -177,6 +186,11 @@ def test_main_writes_every_form(tmp_path):
     names = ("published", "ablation", "cost", "preparation")
     forms = {f"{name}.{form}" for name in names for form in ("csv", "md", "tex")}
     assert {path.name for path in (tmp_path / "tables").iterdir()} == forms
+    for page in (tmp_path / "tables").glob("*.md"):
+        lines = [line for line in page.read_text().splitlines() if re.match(r"\| ?[:-]", line)]
+        assert lines, page
+        for cell in (cell for line in lines for cell in line.strip("|").split("|")):
+            assert re.fullmatch(" :?-+:? ", cell), f"{page}: {cell!r} is no delimiter of a table"
     tex = (tmp_path / "tables/ablation.tex").read_text()
     assert r"\toprule" in tex and r"\textbf{never}" in tex
     with open(tmp_path / "tables/published.csv") as file:

@@ -90,7 +90,14 @@ def test_both_languages_have_the_same_parts():
         for text in (english, chinese)
     ]
     assert [c.strip() for c in commands[0]] == [c.strip() for c in commands[1]]
-    for column in ("\n|", "](docs/"):
+    for column in (
+        "\n|",
+        "](docs/",
+        "```mermaid",
+        " -->",
+        "--resources gpu=4",
+        "tensorboard --logdir",
+    ):
         assert english.count(column) == chinese.count(column)
 
 

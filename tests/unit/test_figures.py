@@ -60,6 +60,22 @@ def test_accuracy_figure_says_what_it_shows(run_dirs):
         assert text in found
 
 
+@pytest.mark.parametrize(
+    ("baseline", "words"), [(0.2, "root operator alone (20.0 %)"), (0.1, "chance (12.5 %)")]
+)
+def test_the_larger_of_chance_and_the_root_operator_is_drawn(tmp_path, baseline, words):
+    metrics = make_metrics()
+    metrics["test"]["baseline"] = baseline
+    dirs = [write_run(tmp_path, metrics)]
+    for name in ("accuracy", "time"):
+        assert words in texts(svg_of(name, dirs))
+    config = make_config()
+    runs = {"listops/softmax/seed1001": metrics | {"settings": {}}}
+    summary = summary_figures.draw_figures(config, runs, tmp_path)["summary.svg"]
+    label = next(t for t in texts(summary) if t.startswith("test accuracy"))
+    assert ("root operator alone" in label) == (baseline == 0.2)
+
+
 def test_one_seed_has_no_mean(run_dirs):
     found = texts(svg_of("accuracy", run_dirs[1::2]))
     assert "softmax" in found and "sat" in found

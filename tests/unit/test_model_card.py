@@ -62,6 +62,22 @@ def test_the_example_is_one_of_the_task(tmp_path, changes, example, tag):
     assert f".predict([{example.strip('[]')}" in card and f'pipeline_tag: "{tag}"' in card
 
 
+@pytest.mark.parametrize(
+    ("task", "data", "name"),
+    [
+        ("listops", "released", "listops, Long Range Arena"),
+        ("listops", "generated", "listops, generated in its layout"),
+        ("agnews", "released", "agnews, as released"),
+        ("tickets", "own", "tickets, data of one's own"),
+    ],
+)
+def test_only_released_tasks_of_lra_are_said_to_be_lra(tmp_path, task, data, name):
+    text = model_card.front_matter(make_metrics(task, data=data), "a-model")
+    fields = yaml.safe_load(text)
+    assert fields["model-index"][0]["results"][0]["dataset"]["name"] == name
+    assert ("long-range-arena" in fields["tags"]) == name.endswith("Arena")
+
+
 def test_a_dense_run_on_released_data(tmp_path):
     metrics = make_metrics(data="released")
     run = write_run(tmp_path, metrics)

@@ -128,6 +128,11 @@ def test_an_edit_of_ones_own_attention_trains_it_again(finished):
     assert finished.planned("all") == own
 
 
+def test_the_configuration_that_is_written_is_the_one_that_ran(finished):
+    """The report's commands take it: with it nothing is to be done."""
+    assert finished.planned("all", configfile="results/tiny/config.json") == set()
+
+
 def test_switching_to_conda_reruns_nothing(finished, conda):
     assert finished.planned("all", "--use-conda", path=conda) == set()
 

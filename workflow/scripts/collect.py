@@ -308,13 +308,20 @@ def describe_switches(runs: list[dict[str, Any]]) -> str:
     return ", ".join(f"{r} {counts[r]}" for r in (*REASONS, "never") if r in counts)
 
 
+def chance_of(test: dict[str, Any]) -> tuple[str, float]:
+    """What an accuracy has to exceed, in words and percent: chance, or the baseline where that is larger."""
+    if (test["baseline"] or 0) > test["chance"]:
+        return "root operator alone", 100 * test["baseline"]
+    return "chance", 100 * test["chance"]
+
+
 def above_chance(runs: list[dict[str, Any]]) -> str:
     """Whether the mean test accuracy exceeds chance, or the baseline where there is one.
 
     "yes" when it does by more than two standard errors, else "no".
     """
     test = runs[0]["test"]
-    chance, examples = max(test["chance"], test["baseline"] or 0), test["examples"]
+    chance, examples = chance_of(test)[1] / 100, test["examples"]
     error = math.sqrt(chance * (1 - chance) / examples)  # all seeds are scored on the same examples
     mean = statistics.fmean(run["test"]["accuracy"] for run in runs)
     return "yes" if mean > chance + 2 * error else "no"

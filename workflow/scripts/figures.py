@@ -32,6 +32,7 @@ from collect import (
     NUMBER,
     SHARE,
     TEXT,
+    chance_of,
     check,
     describe_switches,
     parse_config,
@@ -285,9 +286,9 @@ def new_figure(runs: list[Run]) -> tuple[Figure, matplotlib.axes.Axes]:
 
 
 def mark_chance(axes: matplotlib.axes.Axes, runs: list[Run]) -> None:
-    chance = 100 * runs[0].metrics["test"]["chance"]
+    words, level = chance_of(runs[0].metrics["test"])
     axes.axhline(
-        chance, color="#555555", linestyle=":", linewidth=1.5, label=f"chance ({chance:.1f} %)"
+        level, color="#555555", linestyle=":", linewidth=1.5, label=f"{words} ({level:.1f} %)"
     )
 
 

@@ -14,10 +14,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from collect import accuracy_text, describe_device, read_metrics, read_settings, summarise
+from collect import (
+    LRA_TASKS,
+    accuracy_text,
+    describe_device,
+    read_metrics,
+    read_settings,
+    summarise,
+)
 from tables import write_all
 
 COPIED = ("model.safetensors", "pattern.safetensors", "config.json", "metrics.json")
+ORIGINS = {
+    "released": "as released",
+    "generated": "generated in its layout",
+    "own": "data of one's own",
+}
 TASKS = {"image": "image-classification", "text": "text-classification"}
 EXAMPLES = {
     "listops": '"[MAX 2 9 [MIN 4 7 ] 0 ]"',
@@ -50,9 +62,11 @@ def front_matter(metrics: dict[str, Any], name: str) -> str:
     """The card's metadata: YAML, of which JSON is a part, a key a line."""
     kind = input_kind(metrics)
     task = {"type": TASKS["image" if kind == "image" else "text"]}
-    generated = metrics["data"] == "generated"
+    of_lra = metrics["task"] in LRA_TASKS and metrics["data"] == "released"
+    origin = "Long Range Arena" if of_lra else ORIGINS[metrics["data"]]
+    tags = {"sparse-attention", "sat", metrics["attention"]}
     data_set = {
-        "name": f"{metrics['task']}, {'generated in its layout' if generated else 'Long Range Arena'}",
+        "name": f"{metrics['task']}, {origin}",
         "type": metrics["task"],
         "split": "test",
     }
@@ -64,7 +78,7 @@ def front_matter(metrics: dict[str, Any], name: str) -> str:
         "license": "apache-2.0",
         "library_name": "pytorch",
         "pipeline_tag": task["type"],
-        "tags": sorted({"long-range-arena", "sparse-attention", "sat", metrics["attention"]}),
+        "tags": sorted(tags | ({"long-range-arena"} if of_lra else set())),
         "metrics": ["accuracy"],
         "model-index": [
             {"name": name, "results": [{"task": task, "dataset": data_set, "metrics": values}]}

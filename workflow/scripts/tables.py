@@ -105,7 +105,8 @@ def to_markdown(table: Table) -> str:
     for i, j in table.bold:
         lines[i][j] = f"**{lines[i][j]}**"
     lines.insert(0, table.headings)
-    widths = [max(len(line[j]) for line in lines) for j in range(len(table.headings))]
+    # Three at least: a delimiter is a hyphen or more and, to the right, a colon.
+    widths = [max(3, *(len(line[j]) for line in lines)) for j in range(len(table.headings))]
     right = [letter == "r" for letter in table.align]
     lines.insert(
         1, ["-" * (w - 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)]
