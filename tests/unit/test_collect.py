@@ -177,7 +177,7 @@ def test_the_order_of_the_files_does_not_matter(tmp_path):
         outputs.append([(tmp_path / f"table.{e}").read_bytes() for e in ("csv", "md", "tex")])
     assert outputs[0] == outputs[1]
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["runs", "table.csv", "table.md", "table.tex"]
+    assert left == ["runs", "table.csv", "table.md", "table.tex", "table_short.tex"]
 
 
 def test_missing_runs_are_named_with_the_command(tmp_path, capsys):
@@ -202,7 +202,7 @@ def test_allow_missing_counts_what_is_there(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith((tmp_path / "table.md").read_text())
     assert "no finished run" in printed and "1 of 2" in printed
-    assert printed.endswith("table.csv, table.md, table.tex\n")
+    assert printed.endswith("table.csv, table.md, table.tex, table_short.tex\n")
     assert "**" not in printed  # nothing to be better than
 
 
@@ -218,6 +218,9 @@ def test_the_best_accuracy_of_a_task_is_bold(tmp_path):
     assert collect.best_rows(rows) == {1, 2, 3}  # equal as shown: both
     assert "**50.00**" in collect.to_markdown(rows, "demo")
     assert r"\textbf{50.00}" in collect.to_latex(rows, "demo")
+    short = collect.short_latex(rows, "demo")
+    assert r"\textbf{50.00}" in short and r"\begin{tabular}{llrrrr}" in short
+    assert "resizebox{" not in short and "resizebox{" in collect.to_latex(rows, "demo")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import tables
 from made_up_runs import make_config, make_metrics, seal_run, write_run
 
 from sat import config as settings
+from sat import seal
 from sat.config import ROOT
 
 PUBLISHED = compare.read_published(ROOT / "config/published.csv")
@@ -56,12 +57,14 @@ def test_generated_data_are_ranked_with_nobody(tmp_path):
 
 def test_released_runs_are_ranked_with_the_published_ones(tmp_path):
     runs = [metrics | {"data": "released", "options": ["no brackets"]} for metrics in RUNS]
+    runs = [metrics | {"test": metrics["test"] | {"baseline": 0.2}} for metrics in runs]
     (shown,), rows, _ = made(tmp_path, runs, CONFIG)["published"]
     listops = [r for r in rows if r["task"] == "listops" and r["metric"] == "accuracy"]
     values = [row["value"] for row in listops]
     assert values == sorted(values, reverse=True)
     (sat,) = [row for row in listops if row["system"] == "sat"]
-    assert (sat["n"], sat["caveat"], sat["source"]) == (3, "no brackets", "run demo")
+    caveat = "no brackets; root operator alone 20.00 %"
+    assert (sat["n"], sat["caveat"], sat["source"]) == (3, caveat, "run demo")
     (logs,) = [row for row in listops if row["system"] == "SAT logs"]
     assert "a dense checkpoint tested sparse" in logs["caveat"] and logs["sd"] == 0.71
     place = next(i for i, line in enumerate(shown.cells) if line[2] == "sat (ours)")
@@ -72,8 +75,40 @@ def test_every_published_figure_has_a_source_and_every_task_some():
     assert all(row["source"] for row in PUBLISHED)
     tasks = {row["task"] for row in PUBLISHED if row["metric"] == "accuracy"}
     assert tasks == set(collect.LRA_TASKS)
-    without_brackets = [r for r in PUBLISHED if r["system"] == "Skyformer"][0]
-    assert without_brackets["note"] == "ListOps without brackets"
+
+
+@pytest.mark.parametrize("row", [r for r in PUBLISHED if r["metric"] == "accuracy"], ids=str)
+def test_what_is_known_to_differ_is_said_in_every_row(row):
+    """sat.md 7.6 and how each project treats ListOps, dev of text and the last batch (the table at README's end)."""
+    port = row["system"].startswith(("Skyformer", "SAT"))
+    if row["task"] == "listops":
+        assert f"ListOps {'without' if port else 'with'} brackets" in row["note"]
+        assert ("root operator alone" in row["note"]) == port
+    if row["task"] == "text":
+        known = port or row["system"].startswith("LRA")
+        assert ("dev = test" in row["note"]) == known
+    assert ("test drops the last batch" in row["note"]) == port
+
+
+def test_failed_runs_are_rows_in_every_table(tmp_path):
+    failed = tmp_path / "runs/listops/sat-pooled/seed1001/failed.json"
+    failed.parent.mkdir(parents=True)
+    failure = {"task": "listops", "attention": "sat-pooled", "seed": 1001, "message": "no room"}
+    failed.write_text(json.dumps(seal.add(failure | {"kind": "out of memory", "step": 7})))
+    config = make_config(attentions=["softmax", "sat", "sat-pooled"], seeds=[1001, 1002, 1003])
+    tables_made = made(tmp_path, RUNS, config, True)
+    words = "0 (seed 1001: out of memory at step 7)"
+    for name, value in (("published", 3), ("ablation", None), ("cost", None)):
+        (*_, table), rows, columns = tables_made[name]
+        (line,) = [line for line in table.cells if any("sat-pooled" in cell for cell in line)]
+        assert words in line, name
+        if value:
+            assert line[value] == "out of memory"
+        assert "out of memory at step 7" in tables.to_csv(rows, columns)
+    (table,), _, _ = tables_made["ablation"]
+    assert "Failed: listops sat-pooled (seed 1001: out of memory at step 7)." in table.title
+    row = table.headings.index("transition rule")
+    assert not any(i == len(table.cells) - 1 and j == row for i, j in table.bold)
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,16 @@ def test_the_larger_of_chance_and_the_root_operator_is_drawn(tmp_path, baseline,
     assert ("root operator alone" in label) == (baseline == 0.2)
 
 
+def test_finished_runs_of_a_task_are_drawn_alone(run_dirs, tmp_path, capsys):
+    (run_dirs[0] / "metrics.json").unlink()
+    arguments = ["--config", json.dumps(make_config(tasks=["listops", "text"])), "--allow-missing"]
+    arguments += ["--runs-dir", str(run_dirs[0].parents[2]), "--output-dir", str(tmp_path / "out")]
+    figures.main([*arguments, "--task", "text"])
+    assert "text: no run is finished" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    figures.main([*arguments, "--task", "listops"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
+
+
 def test_one_seed_has_no_mean(run_dirs):
     found = texts(svg_of("accuracy", run_dirs[1::2]))
     assert "softmax" in found and "sat" in found

@@ -170,6 +170,38 @@ def test_failed_and_missing_runs_are_said_to_be(tmp_path):
     assert Page(text).images == []
 
 
+@pytest.mark.parametrize(
+    ("sat", "num_seeds", "words"),
+    [
+        (0.6, 1, "one seed: no interval"),
+        (0.6, 2, "fewer than three seeds: no interval"),
+        (0.505, 3, "95 % intervals overlap (with softmax)"),
+        (0.6, 3, "95 % intervals do not overlap"),
+    ],
+)
+def test_the_answer_claims_what_the_seeds_show(sat, num_seeds, words):
+    config = make_config(seeds=list(range(num_seeds)))
+    runs = {}
+    for attention, accuracy in (("softmax", 0.5), ("sat", sat)):
+        for seed in config["seeds"]:
+            metrics = make_metrics(attention=attention, seed=seed, accuracy=accuracy + 0.005 * seed)
+            runs[f"listops/{attention}/seed{seed}"] = metrics
+    (sentence,) = report.answers(report.build_table(runs, config))
+    assert sentence.startswith("listops: sat (") and sentence.endswith(
+        f"%), the highest of 2 attentions; {words}."
+    )
+
+
+def test_what_was_not_measured_is_said_and_what_was_is_shown(tmp_path):
+    config = make_config(attentions=["softmax"], seeds=[1])
+    write_run(tmp_path, make_metrics(seed=1))
+    assert "over sequence length: not measured" in write(tmp_path, config).read_text()
+    (tmp_path / "benchmark").mkdir()
+    (tmp_path / "benchmark/time.svg").write_text("<svg></svg>")
+    text = write(tmp_path, config).read_text()
+    assert "not measured" not in text and len(Page(text).images) == 1
+
+
 def test_no_run_at_all_is_a_report_too(tmp_path):
     text = write(tmp_path, make_config(), "--allow-missing").read_text()
     assert "listops: no finished run." in text and "There is nothing to show yet." in text

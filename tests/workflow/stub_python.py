@@ -25,7 +25,7 @@ FILES = {
         for name in ("published", "ablation", "cost", "preparation")
         for form in ("csv", "md", "tex")
     ],
-    "collect.py": ["table.csv", "table.md", "table.tex"],
+    "collect.py": ["table.csv", "table.md", "table.tex", "table_short.tex"],
     "figures.py": [
         f"{name}.{form}"
         for name in ("accuracy", "loss", "time", "statistics", "pattern", "mass")

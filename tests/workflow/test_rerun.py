@@ -82,6 +82,10 @@ def cap_of_one_task(project):
     project.configure(settings={"listops": {"dataset": {"train": 10}}})
 
 
+def edit_of_a_caption(project):
+    project.append("workflow/report/accuracy.rst", "Edited.\n")
+
+
 def table_deleted(project):
     for path in (project.root / "results/tiny").glob("table.*"):
         path.unlink()
@@ -100,6 +104,7 @@ CHANGES = {
     other_report_environment: RESULTS,
     edit_of_preprocessing: {"preprocess listops", "preprocess image"} | TRAININGS | RESULTS,
     edit_of_download: set(),
+    edit_of_a_caption: {"write_report"},
     cap_of_one_task: {"preprocess listops"} | LISTOPS_TRAININGS | LISTOPS_RESULTS,
 }
 
@@ -131,6 +136,34 @@ def test_an_edit_of_ones_own_attention_trains_it_again(finished):
 def test_the_configuration_that_is_written_is_the_one_that_ran(finished):
     """The report's commands take it: with it nothing is to be done."""
     assert finished.planned("all", configfile="results/tiny/config.json") == set()
+
+
+def test_what_is_measured_later_gets_into_the_report(finished):
+    for name in ("benchmark/time.svg", "llama/summary.md"):
+        path = finished.root / "results/tiny" / name
+        path.parent.mkdir()
+        path.write_text("measured\n")
+        assert finished.planned("all") == {"write_report"}
+    finished.run("all")
+    assert finished.planned("all") == set()
+
+
+def test_what_is_finished_has_tables_figures_and_a_report(finished):
+    results = finished.root / "results/tiny"
+    (results / "runs/listops/sat/seed1001/metrics.json").unlink()
+    finished.run("table_so_far")
+    made = {str(path.relative_to(results / "so-far")) for path in (results / "so-far").rglob("*.*")}
+    expected = {"table.md", "tables/cost.md", "report.html", "figures/summary.svg"}
+    assert expected | {f"figures/{task}/loss.svg" for task in ("listops", "image")} <= made
+
+
+def test_snakemake_s_own_report(finished):
+    arguments = ["all", "--configfile", "config/tiny.yaml", "--report", "own.html"]
+    done = finished.snakemake(*arguments)
+    assert done.returncode == 0, done.stdout
+    text = (finished.root / "own.html").read_text()
+    for words in ("Tables", "Summary", "accuracy over steps", "beside published figures"):
+        assert words in text, words
 
 
 def test_switching_to_conda_reruns_nothing(finished, conda):

@@ -40,7 +40,7 @@ rule report_attention:
     output:
         csv=f"{BENCHMARK}/attention.csv",
         md=f"{BENCHMARK}/attention.md",
-        figures=expand(f"{BENCHMARK}/{{name}}.svg", name=["speedup", "time", "memory"]),
+        figures=BENCHMARK_FIGURES,
     log:
         f"{RESULTS}/logs/report_attention.log",
     benchmark:

@@ -108,6 +108,11 @@ SUMMARIES = {
     "memory": "peak memory",
     "preparation": "cost of preparation",
 }
+# What the report shows where it has been made: by the targets `benchmark` and `llama`.
+BENCHMARK_FIGURES = [f"{RESULTS}/benchmark/{name}.svg" for name in ("speedup", "time", "memory")]
+LLAMA_SUMMARY = f"{RESULTS}/llama/summary.md"
+# The programs that make tables, figures and report.
+SO_FAR = ("collect", "compare", "figures", "report", "summary_figures", "tables")
 
 
 # Which Python runs a job. With --use-conda Snakemake makes and activates the environment; without it, .venvs/<name> is
@@ -228,6 +233,11 @@ def runs_of(task, attentions=config["attentions"]):
 def figures_of(task):
     names = [f"{name}.{form}" for form in ("svg", "png") for name in FIGURES]
     return expand(f"{RESULTS}/figures/{{task}}/{{name}}", task=task, name=names)
+
+
+def digest_of_existing(paths):
+    """Digest of those of the files that are there: what a job shows if it is there, without having it made."""
+    return settings.digest({path: Path(path).read_text() for path in paths if Path(path).is_file()})
 
 
 METRICS = [path for task in TASKS for path in metrics_of(task)]

@@ -18,6 +18,7 @@ rule collect:
         ),
         md=f"{RESULTS}/table.md",
         tex=f"{RESULTS}/table.tex",
+        short=f"{RESULTS}/table_short.tex",
     log:
         f"{RESULTS}/logs/collect.log",
     benchmark:
@@ -104,12 +105,12 @@ rule table:
         rules.compare.output,
 
 
-# The tables of what is finished by now, failed runs as rows: for a run set of which a part failed. It has no output, so
-# that it runs whenever it is asked for and is never taken for the whole.
+# Tables, figures and report of what is finished by now, failed runs as rows: for a run set of which a part failed. It has
+# no output, so that it runs whenever it is asked for and is never taken for the whole.
 rule table_so_far:
     input:
         env=local("envs/report.yaml"),
-        scripts=local([f"workflow/scripts/{name}.py" for name in ("collect", "compare", "tables")]),
+        scripts=local([f"workflow/scripts/{name}.py" for name in SO_FAR]),
         seal=SEAL,
         published=local("config/published.csv"),
     log:
@@ -124,12 +125,21 @@ rule table_so_far:
         config=ORDER,
         digests=json.dumps(settings_of_runs()),
         results=RESULTS,
+        tasks=TASKS,
     shell:
-        "{{ {params.python} workflow/scripts/collect.py --config {params.config:q} --allow-missing "
-        "--runs-dir {params.results}/runs --output-dir {params.results}/so-far --digests {params.digests:q} && "
-        "{params.python} workflow/scripts/compare.py --config {params.config:q} --allow-missing "
-        "--runs-dir {params.results}/runs --output-dir {params.results}/so-far/tables "
-        "--published {input.published} --benchmarks {params.results}/benchmarks; }} 2>&1 | tee {log}"
+        "{{ set -- --config {params.config:q} --allow-missing --runs-dir {params.results}/runs && "
+        "rm -rf {params.results}/so-far/figures && "
+        '{params.python} workflow/scripts/collect.py "$@" '
+        "--output-dir {params.results}/so-far --digests {params.digests:q} && "
+        '{params.python} workflow/scripts/compare.py "$@" --output-dir {params.results}/so-far/tables '
+        "--published {input.published} --benchmarks {params.results}/benchmarks && "
+        'for task in {params.tasks:q}; do {params.python} workflow/scripts/figures.py "$@" '
+        '--task "$task" --output-dir "{params.results}/so-far/figures/$task" || exit 1; done && '
+        '{params.python} workflow/scripts/summary_figures.py "$@" '
+        "--output-dir {params.results}/so-far/figures --benchmarks {params.results}/benchmarks && "
+        '{params.python} workflow/scripts/report.py "$@" --output {params.results}/so-far/report.html '
+        "--published {input.published} --results {params.results} --figures {params.results}/so-far/figures; "
+        "}} 2>&1 | tee {log}"
 
 
 rule draw_figures:
@@ -226,6 +236,7 @@ rule write_report:
             [
                 *[f"workflow/scripts/{name}.py" for name in ("collect", "compare", "tables")],
                 "workflow/report/report.html.j2",
+                *[f"workflow/report/{name}.rst" for name in (*FIGURES, *SUMMARIES)],
             ]
         ),
         published=local("config/published.csv"),
@@ -248,6 +259,7 @@ rule write_report:
         config=ORDER,
         runs=runs_folder,
         results=results_folder,
+        beside=digest_of_existing([*BENCHMARK_FIGURES, LLAMA_SUMMARY]),
     shell:
         "{params.python} {input.script} --output {output} --config {params.config:q} --runs-dir {params.runs} "
         "--published {input.published} --results {params.results} > {log} 2>&1"

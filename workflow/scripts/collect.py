@@ -1,4 +1,4 @@
-"""Collect the metrics of finished runs into one table: table.csv, table.md and table.tex.
+"""Collect the metrics of finished runs into one table: table.{csv,md,tex} and table_short.tex.
 
     python workflow/scripts/collect.py --output-dir results/demo \\
         --config '{"run": "demo", "tasks": ["listops"], "attentions": ["softmax", "sat"],
@@ -10,8 +10,9 @@ and a run that failed says so (its trainer leaves failed.json). Without metrics.
 runs are looked for below --runs-dir.
 
 The csv holds the bare numbers, units in the column names; the Markdown and LaTeX tables hold the
-same, rounded and explained. Two runs of the same configuration on the same machine give the same csv
-byte for byte, except for its last columns, VOLATILE_COLUMNS: they hold times and memory.
+same, rounded and explained; table_short.tex has the columns that fit a page. Two runs of the same
+configuration on the same machine give the same csv byte for byte, except for its last columns,
+VOLATILE_COLUMNS: they hold times and memory.
 """
 
 import argparse
@@ -499,6 +500,11 @@ DISPLAY: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     ),
     "training (s)": ("r", lambda r: number(r["training_seconds_mean"], ".1f")),
 }
+SHORT = ("task", "attention", "test accuracy (%)", "switch at step", "speed-up", "peak MiB")
+SHORT_NOTE = (
+    "Test accuracy: mean ± standard deviation over the seeds, the best of a task in bold. Speed-up: dense over "
+    "sparse time a training step. Peak MiB: dense phase / sparse phase."
+)
 NOTES = (
     "Test accuracy: mean ± standard deviation over the seeds (n − 1; none for one seed), every "
     "test example counted once. 95 % interval: of that mean, by Student's t, from three seeds on. "
@@ -580,6 +586,21 @@ def display(rows: list[dict[str, Any]], run: str) -> tables.Table:
     )
 
 
+def short_latex(rows: list[dict[str, Any]], run: str) -> str:
+    """The columns of SHORT, unscaled: a table that fits the width of a page."""
+    whole = display(rows, run)
+    kept = [whole.headings.index(heading) for heading in SHORT]
+    table = tables.Table(
+        title=whole.title,
+        headings=list(SHORT),
+        align="".join(whole.align[j] for j in kept),
+        cells=[[line[j] for j in kept] for line in whole.cells],
+        bold=frozenset((i, kept.index(j)) for i, j in whole.bold if j in kept),
+        notes=(SHORT_NOTE,),
+    )
+    return tables.LATEX_PACKAGES + tables.to_latex(table, scaled=False)
+
+
 def to_markdown(rows: list[dict[str, Any]], run: str) -> str:
     return tables.to_markdown(display(rows, run))
 
@@ -605,12 +626,13 @@ def main(argv: list[str] | None = None) -> None:
                 args.output_dir / "table.csv": to_csv(rows),
                 args.output_dir / "table.md": markdown,
                 args.output_dir / "table.tex": to_latex(rows, config["run"]),
+                args.output_dir / "table_short.tex": short_latex(rows, config["run"]),
             }
         )
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(markdown)
-    print(f"written: {args.output_dir}/table.csv, table.md, table.tex")
+    print(f"written: {args.output_dir}/table.csv, table.md, table.tex, table_short.tex")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ Snakemake writes for each (`benchmark:`); a job that was interrupted counts its 
 
 import argparse
 import csv
+import math
 import statistics
 import sys
 from collections.abc import Iterator
@@ -35,12 +36,13 @@ from collect import (
     caption,
     ordered_tasks,
     read_arguments,
+    seeds_text,
 )
 from tables import interval_95, number, write_all
 
 PUBLISHED = ("system", "task", "metric", "value", "std", "n", "unit", "source", "note")
 ACCURACY = "accuracy"
-KINDS = ("released", "own", "generated")  # of data: never ranked with each other
+KINDS = ("released", "own", "generated", "unknown")  # of data: never ranked with each other
 SPEED_UP = "speedup of a sparse step over a dense step"
 
 # Settings of the method by the words of the table's heading; what else differs is named in full.
@@ -64,6 +66,8 @@ PUBLISHED_COLUMNS = {
     "unit": "",
     "source": "",
     "caveat": "",
+    "status": "",
+    "failures": "",
 }
 ABLATION_COLUMNS = {
     "task": "",
@@ -71,6 +75,8 @@ ABLATION_COLUMNS = {
     "base": "",
     **{heading.replace(" ", "_"): "" for heading in ABLATED},
     "other_differences": "",
+    "status": "",
+    "failures": "",
     "num_seeds": "d",
     "test_accuracy_mean_percent": ".4f",
     "test_accuracy_sd_percent": ".4f",
@@ -89,6 +95,8 @@ ABLATION_COLUMNS = {
 COST_COLUMNS = {
     "task": "",
     "attention": "",
+    "status": "",
+    "failures": "",
     "num_seeds": "d",
     "device": "",
     "cpu_seconds_mean": ".1f",
@@ -135,8 +143,9 @@ def read_published(path: Path) -> list[dict[str, Any]]:
 def published_rows(
     rows: list[dict[str, Any]], published: list[dict[str, Any]], run: str
 ) -> list[dict[str, Any]]:
-    """Published figures and ours by task, metric and kind of data, the best first in each."""
+    """Published figures and ours by task, metric and kind of data, the best first and failed runs last in each."""
     tasks = [task for task in dict.fromkeys(row["task"] for row in rows)]
+    kinds = {row["task"]: row["data"] for row in rows if row["data"]}
     found = [
         {
             "task": row["task"] or None,
@@ -150,18 +159,25 @@ def published_rows(
             "unit": row["unit"],
             "source": row["source"],
             "caveat": row["note"] or None,
+            "status": None,
+            "failures": None,
         }
         for row in published
         if row["task"] in tasks or not row["task"]
     ]
     for row in rows:
+        baseline = row["baseline_percent"]
+        caveats = [row["options"], baseline and f"root operator alone {baseline:.2f} %"]
         common = {
             "task": row["task"],
-            "data": row["data"],
+            "data": kinds.get(row["task"], "unknown"),
             "system": row["attention"],
             "ours": "ours",
             "source": f"run {run}",
-            "caveat": row["options"] or None,
+            "caveat": "; ".join(filter(None, caveats)) or None,
+            "status": row["status"],
+            "failures": row["failures"],
+            "num_seeds": row["num_seeds"],
         }
         accuracy = {"metric": ACCURACY, "unit": "%", "n": row["num_seeds"]}
         accuracy |= {
@@ -170,15 +186,26 @@ def published_rows(
         }
         speed_up = {"metric": SPEED_UP, "unit": "x", "n": row["num_seeds"], "sd": None}
         speed_up |= {"value": row["speed_up_median"]}
-        found += [common | m for m in (accuracy, speed_up) if m["value"] is not None]
+        found.append(common | accuracy)
+        found += [common | speed_up] if speed_up["value"] is not None else []
     metrics = list(dict.fromkeys(row["metric"] for row in found))
     metrics.sort(key=lambda metric: metric != ACCURACY)
 
+    def rank(value: float | None) -> float:
+        return -math.inf if value is None else value
+
     def place(row: dict[str, Any]) -> tuple:
         task = tasks.index(row["task"]) if row["task"] in tasks else len(tasks)
-        return KINDS.index(row["data"]), task, metrics.index(row["metric"]), -row["value"]
+        return KINDS.index(row["data"]), task, metrics.index(row["metric"]), -rank(row["value"])
 
     return sorted(found, key=place)
+
+
+def value_text(row: dict[str, Any]) -> str:
+    if row["value"] is None:
+        return row["status"]
+    sd = "" if row["sd"] is None else f" ± {row['sd']:.2f}"
+    return f"{row['value']:.2f}{sd} {row['unit']}"
 
 
 def published_tables(rows: list[dict[str, Any]], run: str) -> list[tables.Table]:
@@ -187,14 +214,8 @@ def published_tables(rows: list[dict[str, Any]], run: str) -> list[tables.Table]
         "task": ("l", lambda r: r["task"] or "any"),
         "metric": ("l", lambda r: r["metric"]),
         "system": ("l", lambda r: f"{r['system']} (ours)" if r["ours"] else r["system"]),
-        "value": (
-            "r",
-            lambda r: (
-                f"{r['value']:.2f}" + ("" if r["sd"] is None else f" ± {r['sd']:.2f}") + " "
-                f"{r['unit']}"
-            ),
-        ),
-        "n": ("r", lambda r: number(r["n"], "d")),
+        "value": ("r", value_text),
+        "n": ("r", lambda r: seeds_text(r) if r["ours"] else number(r["n"], "d")),
         "source": ("l", lambda r: r["source"]),
         "caveat": ("l", lambda r: r["caveat"] or "–"),
     }
@@ -203,6 +224,7 @@ def published_tables(rows: list[dict[str, Any]], run: str) -> list[tables.Table]
         "generated": f"Run {run} on generated data: not the data of the published figures, and not to be ranked with "
         "them.",
         "own": f"Run {run} on data of one's own: nothing published to compare with.",
+        "unknown": f"Run {run}, tasks without a finished run.",
     }
     notes = (
         "Ours: mean ± standard deviation of test accuracy over n seeds, median speed-up over n seeds. "
@@ -263,6 +285,12 @@ def ablation_rows(
     """A row for each attention of a task that differs from its base in settings of the method alone."""
     result = []
     summaries = {(row["task"], row["attention"]): row for row in rows}
+    # An efficient attention is another model, not the method with a part taken out.
+    efficient = {
+        run["attention"]
+        for run in runs.values()
+        if run["settings"] and method_of(run).get("model.attention") not in (None, "softmax")
+    }
     for task in ordered_tasks(config["tasks"]):
         groups: dict[str, list[dict[str, Any]]] = {}
         for attention in config["attentions"]:
@@ -271,18 +299,20 @@ def ablation_rows(
                 for run in runs.values()
                 if (run["task"], run["attention"]) == (task, attention) and run["settings"]
             ]
-            # An efficient attention is another model, not the method with a part taken out.
-            if of_attention and method_of(of_attention[0]).get("model.attention") in (
-                None,
-                "softmax",
-            ):
+            if of_attention and attention not in efficient:
                 groups[attention] = of_attention
         base = base_of(groups)
         if base is None:
             continue
         base_method = method_of(groups[base][0])
         by_seed = {run["seed"]: run for run in groups[base]}
-        for attention, group in groups.items():
+        for attention in config["attentions"]:
+            summary = summaries[task, attention]
+            if attention not in groups:
+                if summary["failures"] and not summary["num_seeds"] and attention not in efficient:
+                    result.append(failed_row(summary, base))
+                continue
+            group = groups[attention]
             method = method_of(group[0])
             dense = method["transition.rule"] == "never"
             named = {".".join(path) for path in ABLATED.values()}
@@ -291,7 +321,6 @@ def ablation_rows(
                 for key in method
                 if key not in named and method[key] != base_method.get(key)
             ]
-            summary = summaries[task, attention]
             differences = [
                 100 * (run["test"]["accuracy"] - by_seed[run["seed"]]["test"]["accuracy"])
                 for run in group
@@ -323,6 +352,17 @@ def ablation_rows(
     return result
 
 
+def failed_row(summary: dict[str, Any], base: str) -> dict[str, Any]:
+    """The row of an attention of which no run is finished: what it was to differ in is not known."""
+    unknown = {heading.replace(" ", "_"): "–" for heading in ABLATED}
+    return (
+        dict.fromkeys(ABLATION_COLUMNS)
+        | {key: summary[key] for key in ABLATION_COLUMNS if key in summary}
+        | unknown
+        | {"base": base, "other_differences": "not known: no run is finished"}
+    )
+
+
 def difference_text(row: dict[str, Any]) -> str:
     if row["difference_percent"] is None:
         return "–"
@@ -341,12 +381,22 @@ def mass_text(row: dict[str, Any]) -> str:
     )
 
 
-def ablation_table(rows: list[dict[str, Any]], run: str) -> tables.Table:
+def failed_text(rows: list[dict[str, Any]]) -> str:
+    """A sentence on the rows of the main table that have failed runs; empty where none has."""
+    failed = [f"{r['task']} {r['attention']} ({r['failures']})" for r in rows if r["failures"]]
+    return f" Failed: {', '.join(failed)}." if failed else ""
+
+
+def ablation_table(rows: list[dict[str, Any]], run: str, failed: str) -> tables.Table:
     bases = {row["task"]: row for row in rows if row["attention"] == row["base"]}
 
     def differs(i: int, heading: str) -> bool:
         key = heading.replace(" ", "_")
-        return heading in ABLATED and rows[i][key] != bases[rows[i]["task"]][key]
+        return (
+            heading in ABLATED
+            and rows[i]["num_seeds"]
+            and rows[i][key] != bases[rows[i]["task"]][key]
+        )
 
     columns = {
         "task": ("l", lambda r: r["task"]),
@@ -356,7 +406,7 @@ def ablation_table(rows: list[dict[str, Any]], run: str) -> tables.Table:
         ),
         **{heading: ("l", lambda r, h=heading: r[h.replace(" ", "_")]) for heading in ABLATED},
         "other differences": ("l", lambda r: r["other_differences"] or "–"),
-        "seeds": ("r", lambda r: str(r["num_seeds"])),
+        "seeds": ("r", seeds_text),
         "test accuracy (%)": ("r", DISPLAY["test accuracy (%)"][1]),
         "difference from base": ("r", difference_text),
         "test loss": ("r", DISPLAY["test loss"][1]),
@@ -373,7 +423,7 @@ def ablation_table(rows: list[dict[str, Any]], run: str) -> tables.Table:
         "Mass held: share of the mean attention map that lies in the selected blocks, mean over layers and seeds "
         "(in the best blocks of the same number / in as many random ones).",
     )
-    return tables.make_table(f"Run {run}: ablations.", columns, rows, differs, notes)
+    return tables.make_table(f"Run {run}: ablations.{failed}", columns, rows, differs, notes)
 
 
 # ---------------------------------------------------------------- cost
@@ -448,7 +498,7 @@ def cost_table(rows: list[dict[str, Any]], head: str) -> tables.Table:
     columns = {
         "task": ("l", lambda r: r["task"]),
         "attention": ("l", lambda r: r["attention"]),
-        "seeds": ("r", lambda r: str(r["num_seeds"])),
+        "seeds": ("r", seeds_text),
         "CPU seconds": ("r", lambda r: number(r["cpu_seconds_mean"], ",.0f")),
         "GPU seconds": ("r", lambda r: number(r["gpu_seconds_mean"], ",.0f")),
         "training (s)": ("r", lambda r: number(r["training_seconds_mean"], ",.0f")),
@@ -531,7 +581,11 @@ def make_tables(
     before = preparation_rows(benchmarks)
     return {
         "published": (published_tables(beside, run), beside, PUBLISHED_COLUMNS),
-        "ablation": ([ablation_table(ablation, run)], ablation, ABLATION_COLUMNS),
+        "ablation": (
+            [ablation_table(ablation, run, failed_text(rows))],
+            ablation,
+            ABLATION_COLUMNS,
+        ),
         "cost": ([cost_table(cost, " ".join(caption(rows, run)))], cost, COST_COLUMNS),
         "preparation": ([preparation_table(before)], before, PREPARATION_COLUMNS),
     }

@@ -169,10 +169,14 @@ def read_pattern(path: Path, metrics: dict[str, Any]) -> tuple[list[np.ndarray],
     return masks, layers("pooled_layer") if "pooled_layer_0" in tensors else []
 
 
+def names_of(task: str, config: dict[str, Any]) -> list[str]:
+    return [f"{task}/{a}/seed{seed}" for a in config["attentions"] for seed in config["seeds"]]
+
+
 def read_runs(run_dirs: list[Path], task: str, config: dict[str, Any]) -> list[Run]:
     """The runs in the order of `config`; ValueError for a run of another task or run set."""
     runs = {}
-    order = [f"{task}/{a}/seed{seed}" for a in config["attentions"] for seed in config["seeds"]]
+    order = names_of(task, config)
     for run_dir in run_dirs:
         metrics = read_metrics(run_dir / "metrics.json", SHOWN)
         name = run_name(metrics)
@@ -549,7 +553,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run_dirs", nargs="+", type=Path, help="run folders of the task")
+    parser.add_argument("run_dirs", nargs="*", type=Path, help="run folders of the task")
+    parser.add_argument("--runs-dir", type=Path, help="where those of --config are looked for")
+    parser.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="draw the runs of --runs-dir that are finished; nothing where none is",
+    )
     parser.add_argument("--task", required=True, help="the task to draw")
     parser.add_argument(
         "--output-dir", type=Path, required=True, help="results/<run>/figures/<task>"
@@ -560,7 +570,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         config = parse_config(args.config)
-        figures = draw_figures(read_runs(args.run_dirs, args.task, config), config)
+        run_dirs = args.run_dirs
+        if args.runs_dir:
+            run_dirs = [args.runs_dir / name for name in names_of(args.task, config)]
+        if args.allow_missing:
+            run_dirs = [folder for folder in run_dirs if (folder / "metrics.json").is_file()]
+            if not run_dirs:
+                print(f"{args.task}: no run is finished, nothing is drawn")
+                return
+        figures = draw_figures(read_runs(run_dirs, args.task, config), config)
         args.output_dir.mkdir(parents=True, exist_ok=True)
         write_all({args.output_dir / name: content for name, content in figures.items()})
     except (OSError, ValueError) as error:

@@ -83,9 +83,9 @@ def answers(rows: list[dict[str, Any]]) -> list[str]:
             sentences.append(f"{task}: no finished run.")
         elif winners:
             names = " and ".join(f"{row['attention']} ({accuracy_text(row)} %)" for row in winners)
-            others = len(finished) - len(winners)
+            others = [row for row in finished if row not in winners]
             sentences.append(
-                f"{task}: {names}, the best of {len(finished)} attentions."
+                f"{task}: {names}, the highest of {len(finished)} attentions; {certainty(winners, others)}."
                 if others
                 else f"{task}: {names}, equal."
             )
@@ -95,6 +95,19 @@ def answers(rows: list[dict[str, Any]]) -> list[str]:
             names = ", ".join(f"{row['attention']} ({accuracy_text(row)} %)" for row in finished)
             sentences.append(f"{task}: {names}.")
     return sentences
+
+
+def certainty(winners: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
+    """What the seeds say about the lead of `winners`: rows of the table, all with finished runs."""
+    rows = [*winners, *others]
+    if any(row["test_accuracy_95_low_percent"] is None for row in rows):
+        fewest = min(row["num_seeds"] for row in rows)
+        return f"{'one seed' if fewest == 1 else 'fewer than three seeds'}: no interval"
+    lowest = min(row["test_accuracy_95_low_percent"] for row in winners)
+    close = [r["attention"] for r in others if r["test_accuracy_95_high_percent"] >= lowest]
+    if close:
+        return f"95 % intervals overlap (with {', '.join(close)})"
+    return "95 % intervals do not overlap"
 
 
 def provenance(runs: dict[str, dict[str, Any]]) -> list[tables.Table]:
@@ -174,12 +187,12 @@ def make_report(
     failures: dict[str, dict[str, Any]],
     published: list[dict[str, Any]],
     results: Path,
+    folder: Path,
 ) -> str:
-    """The HTML text."""
+    """The HTML text; folder: where the figures are."""
     rows = build_table(runs, config, failures)
     run = config["run"]
     made = make_tables(config, runs, failures, published, results / "benchmarks")
-    folder = results / "figures"
     sections = []
     for task in ordered_tasks(config["tasks"]):
         shown = display([row for row in rows if row["task"] == task], run)
@@ -197,6 +210,12 @@ def make_report(
         name: figure(folder / f"{name}.svg", caption_of(name), caption_of(name))
         for name in ("summary", "speed", "memory", "preparation")
     }
+    benchmark = known(
+        [
+            figure(results / "benchmark" / f"{name}.svg", words, words)
+            for name, words in BENCHMARK.items()
+        ]
+    )
     llama = results / "llama" / "summary.md"
     configuration = results / "config.json"
     environment = jinja2.Environment(
@@ -219,12 +238,9 @@ def make_report(
         cost=made["cost"][0][0],
         preparation=made["preparation"][0][0],
         cost_figures=known([summaries[name] for name in ("speed", "memory", "preparation")])
-        + known(
-            [
-                figure(results / "benchmark" / f"{name}.svg", words, words)
-                for name, words in BENCHMARK.items()
-            ]
-        ),
+        + benchmark,
+        measured=bool(benchmark),
+        configfile=shlex.quote(str(configuration)),
         llama=markdown.markdown(llama.read_text("utf-8"), extensions=["tables", "fenced_code"])
         if llama.is_file()
         else None,
@@ -252,11 +268,19 @@ def main(argv: list[str] | None = None) -> None:
     add_run_arguments(parser)
     parser.add_argument("--published", type=Path, required=True, help="config/published.csv")
     parser.add_argument("--results", type=Path, required=True, help="results/<run>")
+    parser.add_argument("--figures", type=Path, help="default: figures/ of --results")
     parser.add_argument("--output", type=Path, required=True, help="results/<run>/report.html")
     args = parser.parse_args(argv)
     try:
         config, runs, failures = read_arguments(args)
-        html = make_report(config, runs, failures, read_published(args.published), args.results)
+        html = make_report(
+            config,
+            runs,
+            failures,
+            read_published(args.published),
+            args.results,
+            args.figures or args.results / "figures",
+        )
         args.output.parent.mkdir(parents=True, exist_ok=True)
         write_all({args.output: html})
     except (OSError, ValueError) as error:

@@ -124,8 +124,8 @@ def to_markdown(table: Table) -> str:
     return f"{head}\n\n{body}\n{notes}{chr(10) if notes else ''}"
 
 
-def to_latex(table: Table) -> str:
-    """A table environment with a booktabs tabular, caption and notes."""
+def to_latex(table: Table, *, scaled: bool = True) -> str:
+    """A table environment with a booktabs tabular, caption and notes; scaled: to the width of the text."""
     body = [[cell.translate(LATEX_ESCAPES) for cell in line] for line in table.cells]
     for i, j in table.bold:
         body[i][j] = rf"\textbf{{{body[i][j]}}}"
@@ -137,9 +137,13 @@ def to_latex(table: Table) -> str:
         "\\begin{table}[htbp]\n"
         "\\centering\n"
         f"\\caption{{{head}}}\n"
-        "\\resizebox{\\textwidth}{!}{%\n"
-        f"{tabular}%\n"
-        "}\n\n" + (f"\\smallskip\n{{\\footnotesize {notes}}}\n" if notes else "") + "\\end{table}\n"
+        + (
+            f"\\resizebox{{\\textwidth}}{{!}}{{%\n{tabular}%\n}}\n\n"
+            if scaled
+            else f"{tabular}\n\n"
+        )
+        + (f"\\smallskip\n{{\\footnotesize {notes}}}\n" if notes else "")
+        + "\\end{table}\n"
     )
 
 
