@@ -130,9 +130,15 @@ onsuccess:
     _summary = Path(f"{RESULTS}/llama/summary.md")
     if any(job.name == "run_llama" for job in workflow.dag.jobs) and _summary.is_file():
         print(f"\n{_summary.read_text()}", file=sys.stderr)
+    _made = {
+        "report.html": f"Report: {RESULTS}/report.html",
+        "table.csv": f"Table: {RESULTS}/table.{{csv,md,tex}}, tables/",
+        "figures": f"Figures: {RESULTS}/figures/<task>/",
+        "llama": f"llama.cpp: {RESULTS}/llama/",
+        "logs": f"Logs: {RESULTS}/logs/",
+    }
     print(
-        f"Report: {RESULTS}/report.html   Table: {RESULTS}/table.{{csv,md,tex}}, tables/   "
-        f"Figures: {RESULTS}/figures/<task>/   Logs: {RESULTS}/logs/",
+        "   ".join(text for name, text in _made.items() if Path(RESULTS, name).exists()),
         file=sys.stderr,
     )
 

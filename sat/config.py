@@ -159,6 +159,7 @@ def complete(config: Mapping, where: str = "configuration", root: Path = ROOT) -
     config = dict(config)
     check(config, None, where, root)
     config = with_defaults(config, schema(root), schema(root)["$defs"])
+    _check_llama(config["llama"], where, root)
     config["tasks"] = [canonical_task(task, root) for task in config["tasks"]]
     if len(set(config["tasks"])) < len(config["tasks"]):
         raise ConfigError(f"{where}: 'tasks' names a task twice: {', '.join(config['tasks'])}")
@@ -183,6 +184,21 @@ def complete(config: Mapping, where: str = "configuration", root: Path = ROOT) -
         for attention in config["attentions"]:
             resolve(config, task, attention, config["seeds"][0], root)
     return config
+
+
+def _check_llama(llama: Mapping, where: str, root: Path) -> None:
+    """ConfigError when another version of llama.cpp keeps the default version's hashes: its source would be taken."""
+    keys = schema(root)["properties"]["llama"]["properties"]
+    if llama["version"] == keys["version"]["default"]:
+        return
+    if kept := [
+        f"llama.{key}" for key in ("sha256", "commit") if llama[key] == keys[key]["default"]
+    ]:
+        raise ConfigError(
+            f"{where}: 'llama.version' is '{llama['version']}', but {' and '.join(kept)} "
+            f"{'is that' if len(kept) == 1 else 'are those'} of {keys['version']['default']}: "
+            "give the version's own, or null to take what comes and record it"
+        )
 
 
 def _has_files(config: Mapping, task: str, root: Path) -> bool:

@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,34 +207,84 @@ def test_git_that_is_missing_names_the_package(get, repository, monkeypatch):
         get(sources=[f"git+{repository[0].as_uri()}@b1"])
 
 
-def test_pip_downloads_the_source_distribution_and_checks_it(tmp_path, get, monkeypatch):
-    """pip is replaced by a program that notes its arguments and leaves an archive, as pip does."""
-    archive = sdist(tmp_path / "index/a.tar.gz")
-    pip = tmp_path / "python"
-    pip.write_text(
-        f"#!{sys.executable}\nimport shutil, sys, pathlib\n"
-        "to = pathlib.Path(sys.argv[sys.argv.index('--dest') + 1])\n"
-        "to.mkdir()\n"
-        f"shutil.copy({str(archive)!r}, to / 'a-1.0.tar.gz')\n"
-        "listing = pathlib.Path(sys.argv[-1]).read_text()\n"
-        f"pathlib.Path({str(tmp_path)!r}, 'asked').write_text(' '.join(sys.argv[1:7]) + listing)\n"
-    )
-    pip.chmod(0o755)
-    monkeypatch.setattr(llama_source.sys, "executable", str(pip))
-    found = get(sources=["a=={version}"], sha256=sha256(archive), commit=COMMIT)
-    assert found == {"from": "a==1.0", "sha256": sha256(archive), "commit": COMMIT}
-    asked = (tmp_path / "asked").read_text()
-    assert asked.startswith("-m pip download")
-    assert asked.endswith(f"a==1.0 --hash=sha256:{sha256(archive)}\n")
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A package index in tmp_path/index whose package A.b 1.0 writes tmp_path/ran when it is built; its archive."""
+    archive = sdist(tmp_path / "index/files/A_b-1.0.tar.gz")
+    evil = f"open({str(tmp_path / 'ran')!r}, 'w')\n".encode()
+    files = {"A_b-1.0/setup.py": evil, "A_b-1.0/PKG-INFO": b"Name: A.b\nVersion: 1.0\n"}
+    pack(archive, files | {f"A_b-1.0/vendor/llama.cpp/{name}": TREE[name] for name in TREE})
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "index/simple").as_uri())
+
+    def write(fragment: str = "") -> Path:
+        page = tmp_path / "index/simple/a-b/index.html"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        links = [
+            f"{name}" for name in ("A_b-1.0-py3-none-any.whl", "A.b-1.0.1.tar.gz", archive.name)
+        ]
+        rows = [
+            f'<a data-requires-python="&gt;=3" href="../../files/{name}{fragment}">x</a>'
+            for name in links
+        ]
+        page.write_text("<!DOCTYPE html><html><body>" + "<br>".join(rows))
+        return archive
+
+    return write
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_source_distribution_of_pips_index_is_not_built(tmp_path, get, index, known):
+    archive = index()
+    found = get(sources=["A.b=={version}"], sha256=sha256(archive) if known else None)
+    assert found == {"from": "A.b==1.0", "sha256": sha256(archive), "commit": None}
+    assert tree(tmp_path / "tree") == TREE and not (tmp_path / "ran").exists()
     assert sorted(path.name for path in (tmp_path / "archives").iterdir()) == [".kept", "p.tar.gz"]
 
 
-def test_pip_that_fails_is_quoted(get, monkeypatch):
+@pytest.mark.parametrize("keys", [{"sha256": "0" * 64}, {}])
+def test_pips_archive_of_another_hash_is_refused(tmp_path, get, index, keys):
+    index("#sha256=" + "0" * 64)
+    with pytest.raises(ValueError, match="has sha256 .*expected 0000"):
+        get(sources=["A.b=={version}"], **keys)
+    assert not (tmp_path / "tree").exists() and not (tmp_path / "archives/p.tar.gz").exists()
+
+
+def test_pips_files_and_environment_say_where_to_look(tmp_path, get, index, monkeypatch):
+    archive = index()
+    (tmp_path / "pip.conf").write_text(
+        f"[global]\nindex-url = {(tmp_path / 'none').as_uri()}\nno-index = true\n"
+        f"[download]\nno-index = false\nextra-index-url =\n    file:///nowhere\n    {os.environ['PIP_INDEX_URL']}\n"
+    )
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    monkeypatch.delenv("PIP_INDEX_URL")
+    assert get(sources=["a-b=={version}"])["sha256"] == sha256(archive)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_FIND_LINKS", "")
-    with pytest.raises(ValueError, match="(?s)no-such-thing==1.0: pip download failed.*ERROR"):
-        get(sources=["no-such-thing=={version}"])
+    with pytest.raises(ValueError, match="a-b==1.0: not found where pip looks: no-index is set"):
+        get(sources=["a-b=={version}"])
+    monkeypatch.setenv("PIP_FIND_LINKS", str(archive.parent))
+    assert get(sources=["a-b=={version}"])["sha256"] == sha256(archive)
+
+
+def test_a_package_pip_would_not_find_is_named_without_a_password(get, index, monkeypatch):
+    index()
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "http://me:secret@127.0.0.1:1/simple")
+    monkeypatch.setattr(llama_source.download, "NUM_ATTEMPTS", 1)
+    monkeypatch.setattr(llama_source.download.time, "sleep", lambda seconds: None)
+    with pytest.raises(
+        ValueError, match="(?s)simple/a-b/: no a-b-2.0.tar.gz.*//127.0.0.1:1/"
+    ) as error:
+        get(sources=["a-b==2.0"])
+    assert "secret" not in str(error.value)
+
+
+def test_pip_that_fails_is_quoted(get, index, tmp_path, monkeypatch):
+    (tmp_path / "pip.conf").write_text("no section\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    with pytest.raises(ValueError, match="(?s)a==1.0: pip config list failed.*pip.conf"):
+        get(sources=["a=={version}"])
 
 
 @pytest.mark.parametrize(
@@ -268,6 +320,18 @@ def test_sources_of_every_kind_can_be_configured(source):
     config.complete(config.load("demo") | {"llama": {"sources": [source]}})
 
 
+def test_another_version_does_not_keep_the_hashes_of_the_default_one():
+    own = {"sha256": "0" * 64, "commit": None}
+    config.complete(config.load("demo") | {"llama": {"version": "b6000"} | own})
+    for keys, expected in [
+        ({}, "'llama.version' is 'b6000', but llama.sha256 and llama.commit are those of 0.3.36"),
+        ({"sha256": None}, "'llama.version' is 'b6000', but llama.commit is that of 0.3.36"),
+        ({"commit": COMMIT}, "'llama.version' is 'b6000', but llama.sha256 is that of 0.3.36"),
+    ]:
+        with pytest.raises(config.ConfigError, match=expected):
+            config.complete(config.load("demo") | {"llama": {"version": "b6000"} | keys})
+
+
 # ---------------------------------------------------------------- prerequisites and the build
 
 
@@ -289,6 +353,13 @@ def cmake_project(folder: Path, files: dict[str, str] | None = None) -> dict:
     return about | {"folder": str(folder)}
 
 
+def program(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!{sys.executable}\nimport sys, time\n{text}")
+    path.chmod(0o755)
+    return path
+
+
 @pytest.fixture
 def build(tmp_path):
     def run(found, build_type="Debug"):
@@ -299,9 +370,7 @@ def build(tmp_path):
 
 
 def test_everything_missing_is_one_message(tmp_path, build, monkeypatch):
-    found = cmake_project(
-        tmp_path / "tree", {"CMakeLists.txt": 'option(LLAMA_CURL "llama: use libcurl" ON)\n'}
-    )
+    found = cmake_project(tmp_path / "tree")
     monkeypatch.setattr(llama_build, "cmake_version", lambda: (3, 13))
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CXX", "")
@@ -309,13 +378,40 @@ def test_everything_missing_is_one_message(tmp_path, build, monkeypatch):
         build(found)
     assert str(error.value) == (
         "llama.cpp needs CMake 3.14 or newer, found 3.13; "
-        "a C++ compiler (looked for $CXX, c++, g++ and clang++); "
-        "libcurl's headers (curl/curl.h), which this version uses. Install it and run this again:\n"
-        "  Debian, Ubuntu: apt-get install cmake g++ libcurl4-openssl-dev\n"
-        "  Fedora:         dnf install cmake gcc-c++ libcurl-devel\n"
-        "  conda:          conda install -c conda-forge cmake cxx-compiler libcurl\n"
-        "  macOS:          xcode-select --install && brew install cmake curl"
+        "a C++ compiler (looked for $CXX, c++, g++ and clang++). Install it and run this again:\n"
+        "  Debian, Ubuntu: apt-get install cmake g++\n"
+        "  Fedora:         dnf install cmake gcc-c++\n"
+        "  conda:          conda install -c conda-forge cmake cxx-compiler\n"
+        "  macOS:          xcode-select --install && brew install cmake"
     )
+
+
+@pytest.mark.parametrize("value", ["ccache g++", "g++ -m64"])
+def test_a_compiler_with_more_words_is_refused_and_one_with_a_space_taken(
+    tmp_path, build, monkeypatch, value
+):
+    monkeypatch.setenv("CXX", value)
+    with pytest.raises(
+        build_kernels.BuildError, match=re.escape(f"CXX is '{value}', expected one program")
+    ):
+        build(cmake_project(tmp_path / "tree"))
+    path = program(tmp_path / "my tools/g++", "")
+    monkeypatch.setenv("CXX", str(path))
+    assert build_kernels.find_cxx() == str(path)
+
+
+def test_without_the_headers_of_libcurl_it_is_built_without(tmp_path, monkeypatch, capsys):
+    (tmp_path / "CMakeLists.txt").write_text('option(LLAMA_CURL "llama: use libcurl" ON)\n')
+    asked = []
+    monkeypatch.setattr(llama_build, "has_header", lambda *what: asked.append(what))
+    assert llama_build.curl_option(tmp_path, "c++") == {"LLAMA_CURL": "OFF"}
+    assert asked == [("c++", "curl/curl.h")]
+    said = capsys.readouterr().err
+    assert "built with LLAMA_CURL=OFF" in said and "apt-get install libcurl4-openssl-dev" in said
+    monkeypatch.setattr(llama_build, "has_header", lambda *what: True)
+    assert llama_build.curl_option(tmp_path, "c++") == {"LLAMA_CURL": "ON"}
+    (tmp_path / "CMakeLists.txt").write_text("")
+    assert llama_build.curl_option(tmp_path, "c++") == {}
 
 
 @pytest.mark.parametrize(
@@ -382,6 +478,67 @@ def test_another_type_builds_beside_and_a_moved_project_anew(tmp_path, build):
     assert build(found)["steps"] == {"all": 3, "earlier": 3}
     (tmp_path / "tree").rename(tmp_path / "moved")
     assert build(found | {"folder": str(tmp_path / "moved")})["programs"] == ["llama-bench"]
+
+
+def wrapper(path: Path) -> Path:
+    """A program that calls what it is given, or the compiler where that is no program."""
+    text = (
+        "import os, shutil\nwords = sys.argv[1:]\n"
+        f"words[:0] = [] if shutil.which(words[0]) else [{build_kernels.find_cxx()!r}]\n"
+    )
+    return program(path, f"{text}os.execv(words[0], words)\n")
+
+
+def test_another_compiler_keeps_the_build_type(tmp_path, build, monkeypatch):
+    found = cmake_project(tmp_path / "tree")
+    assert "-O3" in build(found, "Release")["flags"].split()
+    other = wrapper(tmp_path / "other-c++")
+    monkeypatch.setenv("CXX", str(other))
+    record = build(found, "Release")
+    assert record["compiler"]["path"] == str(other) and "-O3" in record["flags"].split()
+    assert record["steps"] == {"all": 3, "earlier": 0}
+    ninja = (tmp_path / "build-Release/build.ninja").read_text()
+    assert "-O3" in ninja and str(other) in (tmp_path / "build-Release/CMakeCache.txt").read_text()
+    other.unlink()
+    monkeypatch.delenv("CXX")
+    assert "-O3" in build(found, "Release")["flags"].split()
+
+
+def test_a_build_type_of_the_source_is_not_recorded_as_ours(tmp_path, build):
+    text = cmake_project(tmp_path / "tree")["folder"] + "/CMakeLists.txt"
+    own = Path(text).read_text() + 'set(CMAKE_BUILD_TYPE MinSizeRel CACHE STRING "" FORCE)\n'
+    with pytest.raises(
+        build_kernels.BuildError, match="'MinSizeRel', not 'Debug' .llama.build_type"
+    ):
+        build(cmake_project(tmp_path / "tree", {"CMakeLists.txt": own}))
+
+
+def test_the_compiler_cache_may_come_and_go(tmp_path, build, monkeypatch):
+    found = cmake_project(tmp_path / "tree")
+    ccache = wrapper(tmp_path / "bin/ccache")
+    monkeypatch.setenv("PATH", f"{ccache.parent}{os.pathsep}{os.environ['PATH']}")
+    assert build(found)["ccache"] is True
+    assert str(ccache) in (tmp_path / "build-Debug/build.ninja").read_text()
+    shutil.rmtree(ccache.parent)
+    if shutil.which("ccache"):
+        pytest.skip("there is a ccache besides")
+    (tmp_path / "tree/one.cpp").write_text("int other;\n")
+    assert build(found)["ccache"] is False
+    assert "ccache" not in (tmp_path / "build-Debug/build.ninja").read_text()
+
+
+def test_steps_that_were_done_again_are_not_earlier_ones(tmp_path, build):
+    found = cmake_project(tmp_path / "tree")
+    build(found)
+    (tmp_path / "tree/one.cpp").write_text("int other;\n")
+    assert build(found)["steps"] == {"all": 3, "earlier": 2}
+
+
+def test_a_step_with_several_outputs_counts_once(tmp_path):
+    log = "# ninja log v7\n0\t1500\t7\ta.o\tabc\n1500\t2000\t8\tlib.so\tdef\n1500\t2000\t8\tlib.so.0\tdef\n"
+    (tmp_path / ".ninja_log").write_text(log)
+    steps = llama_build.steps(tmp_path)
+    assert sorted(map(llama_build.seconds_of, steps.values())) == [0.5, 1.5]
 
 
 def test_a_stopped_build_goes_on(tmp_path):
@@ -504,16 +661,11 @@ I common_perf_print:       total time =    4919.49 ms /    21 tokens
 
 def test_timings_are_read():
     assert llama_run.parse_timings(SAID) == {"tokens": 16, "tokens_per_second": 3.09}
+    fast = llama_run.parse_timings(SAID.replace("    3.09 tokens", "     inf tokens"))
+    assert fast["tokens_per_second"] == float("inf")
     without = "\n".join(SAID.splitlines()[:3])
     with pytest.raises(ValueError, match="no line 'eval time = ...'"):
         llama_run.parse_timings(without)
-
-
-def program(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!{sys.executable}\nimport sys, time\n{text}")
-    path.chmod(0o755)
-    return path
 
 
 def test_programs_that_fail_or_hang_are_named(tmp_path):
@@ -610,6 +762,21 @@ def test_summary_and_table_of_a_model_of_ones_own(made_build):
     assert "| llama ?B all F32 | 8,487,552 | 2 | prompt of 64 | 74.9 ± 3.6 |" in text
     assert "| generate 16 | 7.6 ± 0.6 |" in text
     assert "A Debug build is slow" in text
+
+
+def test_what_a_terminal_would_obey_is_left_out_and_no_speed_is_infinite(made_build):
+    program(
+        made_build / "build/bin/llama-completion",
+        "print('red\\x1b[31m \\x07\\u202ebell\\x9b')\n"
+        f"print({SAID.replace('    3.09 tokens', '     inf tokens')!r}, file=sys.stderr)",
+    )
+    fast = BENCH.replace('"7.597519"', '"inf"').replace('"0.593974"', '"nan"')
+    program(made_build / "build/bin/llama-bench", f"print({fast!r}, end='')")
+    llama_run.main()
+    text = (made_build / "summary.md").read_text()
+    assert "`red [31m bell`" in text and text.replace("\n", "").isprintable()
+    assert "by 16 tokens, too fast to time:" in text
+    assert "| generate 16 | too fast to time |" in text and "inf" not in text
 
 
 def test_a_failed_run_leaves_nothing(made_build):

@@ -126,13 +126,13 @@ def test_the_answer_comes_first_and_all_parts_are_there(small):
     assert page.open == [] and len(set(page.ids)) == len(page.ids)
     assert page.headings == [
         *("The answer", "Beside published figures", "listops", "my_task|<b>&"),
-        *("Ablations", "Cost", "LLaMA", "Where it comes from", "How to reproduce"),
+        *("Ablations", "Cost", "llama.cpp", "Where it comes from", "How to reproduce"),
     ]
     assert len(page.images) == 2 * len(report.OF_TASK) + 4
     assert all(image["alt"] for image in page.images)
     for words in ("a" * 64, "torch 2.13.0", "0" * 40, "Test CPU (cpu, 2 threads)", "S4 paper"):
         assert words in text
-    assert "<td>2.5</td>" in text  # the summary of the LLaMA runs
+    assert "<td>2.5</td>" in text  # the summary of the llama.cpp runs
 
 
 def test_it_needs_no_network_and_no_script(small):

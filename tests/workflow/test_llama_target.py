@@ -46,6 +46,12 @@ def test_only_the_environment_of_llama_is_used(built_once):
     assert record["folder"] == "data/tiny/llama/source-1.0"
 
 
+def test_only_what_is_there_is_named_at_the_end(fresh):
+    said = fresh.run("llama").splitlines()
+    (last,) = [line for line in said if "Logs: " in line]
+    assert last == "llama.cpp: results/tiny/llama/   Logs: results/tiny/logs/"
+
+
 def test_with_conda(fresh, conda):
     shutil.rmtree(fresh.root / ".venvs")
     fresh.run("llama", "--use-conda", path=conda)

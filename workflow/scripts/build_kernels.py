@@ -40,6 +40,10 @@ class BuildError(ValueError):
     """What the user can mend; its text is the whole message."""
 
 
+class NoCompilerError(BuildError):
+    """There is no C++ compiler."""
+
+
 def how_to_install(*needed: str) -> str:
     """The commands that install the parts `needed` (keys of PACKAGES), one line a system."""
     lines = []
@@ -65,11 +69,17 @@ def find_tool(name: str) -> str:
 
 
 def find_cxx() -> str:
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for candidate in candidates:
-        if path := shutil.which(candidate.split()[0]):
-            return path
-    raise BuildError(
+    """Path of the C++ compiler. BuildError when $CXX holds more than a program, NoCompilerError when there is none."""
+    wanted = os.environ.get("CXX", "").strip()
+    for candidate in [wanted] if wanted else ["c++", "g++", "clang++"]:
+        if path := shutil.which(candidate):
+            return str(Path(path).absolute())
+    if len(wanted.split()) > 1:
+        raise BuildError(
+            f"CXX is '{wanted}', expected one program, the compiler: put options into CXXFLAGS, and leave ccache out "
+            "(the build of llama.cpp finds it by itself)"
+        )
+    raise NoCompilerError(
         "no C++ compiler found (looked for $CXX, c++, g++ and clang++). "
         + how_to_install("compiler")
     )

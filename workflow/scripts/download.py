@@ -196,16 +196,23 @@ def check_space(source: dict, output: Path, part: Path) -> None:
         )
 
 
-def fetch_url(url: str, part: Path, expected: str | None, delay: float, lock: int) -> str | None:
+def fetch_url(
+    url: str,
+    part: Path,
+    expected: str | None,
+    delay: float,
+    lock: int,
+    environment: dict[str, str] | None = None,
+) -> str | None:
     """Download `url` to `part`, going on where `part` ends; returns None or what went wrong.
 
-    A cut that brought new bytes does not count as a failed attempt.
+    A cut that brought new bytes does not count as a failed attempt. `environment`: curl's, None for this process's.
     """
     failure = None
     attempt = 0
     while attempt < NUM_ATTEMPTS:
         before = part.stat().st_size if part.exists() else 0
-        code, status, message = curl(url, part, lock)
+        code, status, message = curl(url, part, lock, environment)
         if code == 0:
             # curl leaves no file behind when the server sends an empty body.
             part.touch()
@@ -232,7 +239,9 @@ def fetch_url(url: str, part: Path, expected: str | None, delay: float, lock: in
     return failure
 
 
-def curl(url: str, part: Path, lock: int) -> tuple[int, int, str]:
+def curl(
+    url: str, part: Path, lock: int, environment: dict[str, str] | None
+) -> tuple[int, int, str]:
     """One run of curl: its exit code, the HTTP status (0 for none) and its message."""
     terminal = sys.stderr.isatty()
     command = ["curl", "--fail", "--location", "--continue-at", "-", "--output", str(part)]
@@ -248,6 +257,7 @@ def curl(url: str, part: Path, lock: int) -> tuple[int, int, str]:
         stderr=None if terminal else subprocess.DEVNULL,
         text=True,
         pass_fds=[lock],
+        env=environment,
     )
     try:
         while True:

@@ -11,6 +11,7 @@ its text means nothing, and that it comes out is the test.
 import argparse
 import csv
 import io
+import math
 import os
 import re
 import subprocess
@@ -187,12 +188,23 @@ def as_csv(rows: list[dict[str, str]]) -> str:
     return text.getvalue()
 
 
+def printable(text: str) -> str:
+    """`text` on one line, without characters that steer a terminal or a page."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def speed(per_second: float, shown: str) -> str:
+    """`shown`, or that the timer's ticks are too long for it."""
+    return shown if math.isfinite(per_second) else "too fast to time"
+
+
 def summary(build: dict, model: str, completion: dict, rows: list[dict[str, str]]) -> str:
     """The Markdown summary; without a heading, for the report to take it in."""
     commit = f", commit `{build['commit'][:12]}`" if build["commit"] else ""
     steps = build["steps"]
     earlier = f", {steps['earlier']} of them by earlier calls" if steps["earlier"] else ""
-    shown = " ".join(completion["text"].split()).replace("`", "'")[:200]
+    shown = printable(completion["text"]).replace("`", "'")[:200]
+    per_second = completion["tokens_per_second"]
     lines = [
         f"**llama.cpp {build['version']}**{commit}, from `{build['from']}`, built as {build['build_type']} with "
         f"{build['compiler']['version']} (flags `{build['flags']}`{', ccache' if build['ccache'] else ''}).",
@@ -200,7 +212,7 @@ def summary(build: dict, model: str, completion: dict, rows: list[dict[str, str]
         f"{steps['all']} steps{earlier}, {build['seconds_of_steps']:.0f} s together.",
         "",
         f'Model: {model}. `{completion["program"]}` continued "{PROMPT}" by {completion["tokens"]} tokens, '
-        f"{completion['tokens_per_second']:.1f} a second:",
+        f"{speed(per_second, f'{per_second:.1f} a second')}:",
         "",
         f"`{shown or '(nothing that can be printed)'}`",
         "",
@@ -210,9 +222,10 @@ def summary(build: dict, model: str, completion: dict, rows: list[dict[str, str]
     for row in rows:
         tests = {"prompt of": int(row["n_prompt"]), "generate": int(row["n_gen"])}
         test = ", ".join(f"{name} {number}" for name, number in tests.items() if number)
+        mean, deviation = float(row["avg_ts"]), float(row["stddev_ts"])
         lines.append(
             f"| {row['model_type']} | {int(row['model_n_params']):,} | {row['n_threads']} | {test} | "
-            f"{float(row['avg_ts']):.1f} ± {float(row['stddev_ts']):.1f} |"
+            f"{speed(mean, f'{mean:.1f} ± {deviation:.1f}')} |"
         )
     lines += ["", "All on the CPU, with `llama-bench`; bench.csv has every column."]
     if build["build_type"] == "Debug":

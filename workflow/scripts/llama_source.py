@@ -6,7 +6,8 @@
 JSON: {"version", "file", "sha256": hex|null, "commit": hex|null, "sources": [...]}. DIR/<file>, put there by hand,
 comes first, then the archive of an earlier call, then the sources in order:
 
-    llama-cpp-python==0.3.36                 its source distribution, through pip and the package index pip is set to
+    llama-cpp-python==0.3.36                 its source distribution, from where pip is set to look (index-url,
+                                             extra-index-url, find-links, no-index, cert, proxy; no netrc, no keyring)
     git+https://host/llama.cpp@REF           git, one commit deep; REF is a tag or a commit
     https://host/llama.cpp-b1234.tar.gz      an archive of the tree, or of one with it in vendor/llama.cpp
 
@@ -16,19 +17,23 @@ from its objects. Needs Python, and pip, git or curl for the sources of that kin
 """
 
 import argparse
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import parse_qsl, unquote, urljoin, urlsplit
 
 import build_kernels
 import download
 from extract import check_name, check_space, copy_bytes, members
-from lra.files import parse_json, read_json, run_script, scratch_folder, write_json
+from lra.files import locked, parse_json, read_json, run_script, scratch_folder, write_json
 
 MARKER = ".source.json"  # in the tree: what it is; it comes with the tree, by one rename
+PYPI = "https://pypi.org/simple"  # where pip looks when no setting names an index
 GIT = ["git", "-c", "http.lowSpeedLimit=1", "-c", "http.lowSpeedTime=60"]
 
 
@@ -104,27 +109,103 @@ def from_archive(llama: dict, urls: list[str], archive: Path, manual_dir: Path |
 
 
 def from_pip(requirement: str, llama: dict, archive: Path) -> dict:
-    """The source distribution as pip finds it, checked before pip opens it where sha256 is known: {from, sha256}."""
-    package = requirement.partition("==")[0]
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(archive.with_name(f".{archive.name}.pip")) as scratch:
-        line = requirement + (f" --hash=sha256:{llama['sha256']}" if llama["sha256"] else "")
-        (scratch / "requirements.txt").write_text(f"{line}\n")
-        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check"]
-        command += ["--no-input", "--no-deps", "--no-binary", package, "--dest", scratch / "got"]
-        done = subprocess.run(
-            [*command, "--requirement", scratch / "requirements.txt"],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        files = list((scratch / "got").glob("*.tar.gz"))
-        if done.returncode or len(files) != 1:
-            raise ValueError(f"pip download failed\n{build_kernels.excerpt(done.stdout)}")
-        sha256 = download.checked_hash(files[0], llama["sha256"], "configuration")
-        os.replace(files[0], archive)
-    download.keep(archive, requirement)
-    return {"from": requirement, "sha256": sha256}
+    """The source distribution from where pip would look for it: {from, sha256}.
+
+    `pip download` is not called: it runs the archive's build backend, with packages of no pinned version. Raises
+    ValueError when no place has it, or with another hash than llama.sha256 or, where that is null, than the index says.
+    """
+    name, _, version = requirement.partition("==")
+    settings = pip_settings()
+    proxies = ("http_proxy", "https_proxy")
+    environment = os.environ | ({"CURL_CA_BUNDLE": settings["cert"]} if "cert" in settings else {})
+    environment |= dict.fromkeys(proxies, settings["proxy"]) if "proxy" in settings else {}
+    failures = []
+    with (
+        locked(archive.with_name(f".{archive.name}.lock"), f"downloading {archive}") as lock,
+        scratch_folder(archive.with_name(f".{archive.name}.pip")) as scratch,
+    ):
+        for place in places(settings, name):
+            file = scratch / archive.name
+            file.unlink(missing_ok=True)
+            try:
+                links = listed(place, scratch / "page.html", lock, environment)
+                link = next((link for link in links if is_sdist(link, name, version)), None)
+                if link is None:
+                    raise ValueError(f"no {name}-{version}.tar.gz")
+                link, _, fragment = link.partition("#")
+                expected = llama["sha256"] or dict(parse_qsl(fragment)).get("sha256")
+                if failure := download.fetch_url(link, file, expected, 1.0, lock, environment):
+                    raise ValueError(failure)
+                whose = "configuration" if llama["sha256"] else "the index"
+                sha256 = download.checked_hash(file, expected, whose)
+            except ValueError as error:
+                failures.append(f"\n    {re.sub('//[^/@]*@', '//', place)}: {error}")
+                continue
+            os.replace(file, archive)
+            download.keep(archive, requirement)
+            return {"from": requirement, "sha256": sha256}
+    raise ValueError(f"not found where pip looks:{''.join(failures) or ' no-index is set'}")
+
+
+def pip_settings() -> dict[str, str]:
+    """The settings of `pip download` from pip's files and environment. ValueError when pip does not tell them."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "config", "list"]
+    done = subprocess.run(command, text=True, capture_output=True)
+    if done.returncode:
+        raise ValueError(f"pip config list failed\n{build_kernels.excerpt(done.stderr)}")
+    rows = re.findall(r"^(global|download|:env:)\.([\w-]+)=(.+)$", done.stdout, re.MULTILINE)
+    order = ["global", "download", ":env:"]  # later ones win; what is empty counts as not set
+    rows = [
+        (key, ast.literal_eval(value))
+        for _, key, value in sorted(rows, key=lambda row: order.index(row[0]))
+    ]
+    return {key: value for key, value in rows if value}
+
+
+def places(settings: dict[str, str], name: str) -> list[str]:
+    """URLs and folders that may list files of the package `name`."""
+    found = settings.get("find-links", "").split()
+    if settings.get("no-index", "").lower() in ("1", "true", "yes", "on", "y", "t"):
+        return found
+    indexes = [settings.get("index-url", PYPI), *settings.get("extra-index-url", "").split()]
+    return found + [f"{index.rstrip('/')}/{normal(name)}/" for index in indexes]
+
+
+class Links(HTMLParser):
+    """The addresses of the links of a page, in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value for key, value in attrs if tag == "a" and key == "href" and value]
+
+
+def listed(place: str, page: Path, lock: int, environment: dict[str, str]) -> list[str]:
+    """URLs of the files of a folder, or of those a page links to; `page` is where the page is kept meanwhile."""
+    if "://" not in place:
+        place = Path(place).expanduser().absolute().as_uri()
+    folder = Path(unquote(urlsplit(place).path))
+    if place.startswith("file://") and folder.is_dir():
+        if not (folder / "index.html").is_file():
+            return [path.as_uri() for path in sorted(folder.iterdir())]
+        place = f"{place.rstrip('/')}/index.html"
+    page.unlink(missing_ok=True)
+    if failure := download.fetch_url(place, page, None, 1.0, lock, environment):
+        raise ValueError(failure)
+    return [urljoin(place, link) for link in Links(page.read_text(errors="replace")).found]
+
+
+def normal(name: str) -> str:
+    """A package's name as an index spells it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def is_sdist(link: str, name: str, version: str) -> bool:
+    file = unquote(urlsplit(link).path).rpartition("/")[2]
+    return file.endswith(".tar.gz") and normal(file) == normal(f"{name}-{version}.tar.gz")
 
 
 def from_git(source: str, llama: dict, folder: Path) -> dict:
