@@ -32,6 +32,9 @@ EFFICIENT = {
 }
 PIXEL_TASKS = ("image", "pathfinder")
 STATIC_PATTERNS = ("local", "bigbird", "random")
+# Of a configuration; the largest ones of the repository have a few hundred values in 10 KB.
+MAX_BYTES = 2**20
+MAX_VALUES = 100_000
 
 
 class ConfigError(ValueError):
@@ -126,15 +129,50 @@ def typed(value: Any) -> Any:
 
 
 def read_yaml(path: Path) -> dict:
+    """The mapping in a file. Raises ConfigError, also for a file too large to be a configuration."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise ConfigError(
+                f"{path}: more than {MAX_BYTES >> 20} MiB, which no configuration needs"
+            )
+        content = yaml.safe_load(text)
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(content).__name__}")
+    check_size(content, str(path))
     return content
+
+
+def check_size(content: Any, where: str) -> None:
+    """Raises ConfigError for more than MAX_VALUES values, each counted as often as YAML's aliases (*name) repeat it."""
+    counts: dict[int, int] = {}  # by identity; 0 while its parts are counted
+
+    def count(value: Any) -> int:
+        if not isinstance(value, (dict, list)):
+            return 1
+        if id(value) not in counts:
+            counts[id(value)] = 0
+            parts = value.values() if isinstance(value, dict) else value
+            counts[id(value)] = 1 + sum(map(count, parts))
+        elif counts[id(value)] == 0:
+            raise ConfigError(f"{where}: an alias (*name) stands inside what it repeats")
+        return counts[id(value)]
+
+    try:
+        too_many = count(content) > MAX_VALUES
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deeply") from None
+    if too_many:
+        raise ConfigError(
+            f"{where}: more than {MAX_VALUES} values once its aliases (*name) are written out"
+        )
 
 
 def load(run: str, root: Path = ROOT) -> dict:
@@ -157,6 +195,7 @@ def complete(config: Mapping, where: str = "configuration", root: Path = ROOT) -
     Raises ConfigError; nothing needs to run to find a wrong key of any task.
     """
     config = dict(config)
+    check_size(config, where)
     check(config, None, where, root)
     config = with_defaults(config, schema(root), schema(root)["$defs"])
     _check_llama(config["llama"], where, root)

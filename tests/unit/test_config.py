@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -151,6 +152,34 @@ def test_values_from_the_command_line_get_their_types():
         "run": "x",
         "settings": {"a": {"b": 1.5e-3}},
     }
+
+
+LEVELS = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 30))
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("a0: &a0 x\n" + LEVELS, "values once its aliases"),
+        ("a: &a [*a]\n", "an alias (*name) stands inside what it repeats"),
+        ("a: " + "[" * 5000, "nested too deeply"),
+        ("a: b # " + "x" * 2**20, "more than 1 MiB"),
+    ],
+    ids=["bomb", "circle", "deep", "large"],
+)
+def test_a_hostile_file_is_refused(tmp_path, text, words):
+    path = tmp_path / "hostile.yaml"
+    path.write_text(text)
+    with pytest.raises(config.ConfigError, match=f"hostile.yaml: .*{re.escape(words)}"):
+        config.read_yaml(path)
+
+
+def test_a_configuration_that_another_program_read_is_bounded_too(lra):
+    bomb = ["listops"]
+    for _ in range(30):
+        bomb = [bomb] * 10
+    with pytest.raises(config.ConfigError, match="values once its aliases"):
+        config.complete(lra | {"tasks": bomb})
 
 
 def test_unknown_run_set():

@@ -57,6 +57,14 @@ def test_run_with_conda(made_with_conda, conda):
     assert project.planned("all") == set(), "switching back"
 
 
+def test_a_container_holds_every_environment(fresh, conda):
+    done = fresh.snakemake("--containerize", path=conda)
+    assert done.returncode == 0, done.stdout
+    assert "FROM condaforge/miniforge3" in done.stdout
+    for path in FILES:
+        assert f"COPY envs/{path.name} /conda-envs/" in done.stdout
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_environment_file(path):
     """Snakemake copies the file elsewhere before conda reads it: nothing in it may lean on its place."""
