@@ -128,6 +128,12 @@ def typed(value: Any) -> Any:
 # ---------------------------------------------------------------- the configuration of a run set
 
 
+@cache
+def _parsed(text: str) -> Any:
+    """A plan of a thousand trainings reads the same files a hundred times."""
+    return yaml.safe_load(text)
+
+
 def read_yaml(path: Path) -> dict:
     """The mapping in a file. Raises ConfigError, also for a file too large to be a configuration."""
     try:
@@ -137,7 +143,7 @@ def read_yaml(path: Path) -> dict:
             raise ConfigError(
                 f"{path}: more than {MAX_BYTES >> 20} MiB, which no configuration needs"
             )
-        content = yaml.safe_load(text)
+        content = copy.deepcopy(_parsed(text))
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply") from None
     except OSError as error:
