@@ -75,6 +75,7 @@ localrules:
     llama,
     models,
     report,
+    report_attention,
     table,
     table_so_far,
     write_report,
@@ -115,6 +116,7 @@ for _name, _task in [
 
 
 onstart:
+    refuse_what_storage_lacks()
     make_environments()
     Path(RESULTS).mkdir(parents=True, exist_ok=True)
     # In the configuration's own order: rules record parts of it as params, and another order is another text.

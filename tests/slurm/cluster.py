@@ -10,6 +10,7 @@ the machine if that is small, and limits of memory and time that are enforced wh
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pwd
 import re
@@ -25,7 +26,10 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
 PACKAGES = ("slurm-wlm", "munge")
+# apt-get changes the machine, so one of these must be set.
+ALLOW_INSTALLING = ("SAT_INSTALL_SLURM", "CI")
 CONFIGURATION = Path("/etc/slurm")
+PREFIX = "sat-slurm-"
 FILES = ("slurm.conf", "cgroup.conf", "gres.conf")
 NUM_CPUS = 8
 NUM_GPUS = 2
@@ -68,6 +72,7 @@ def missing() -> str | None:
     """Why no cluster can be started here, or None."""
     if os.geteuid() != 0:
         return "Slurm's daemons need root"
+    _remove_what_a_killed_run_left()
     if any((CONFIGURATION / name).exists() for name in FILES):
         return f"{CONFIGURATION} has a configuration, which may be a real cluster's"
     absent = [program for program in PROGRAMS if _find(program) is None]
@@ -77,10 +82,12 @@ def missing() -> str | None:
 
 
 def install() -> str | None:
-    """Install Slurm with apt where it is missing; -> why that was not possible, or None."""
+    """Install Slurm with apt where it is missing and that is wanted; -> why there is none, or None."""
     reason = missing()
     if reason is None or os.geteuid() != 0 or shutil.which("apt-get") is None:
         return reason
+    if not any(os.environ.get(name) for name in ALLOW_INSTALLING):
+        return f"{reason}; {ALLOW_INSTALLING[0]}=1 lets the tests install it on this machine"
     command = ["apt-get", "install", "--yes", "--no-install-recommends", *PACKAGES]
     surroundings = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     for arguments in (command, ["apt-get", "update"], command):
@@ -107,9 +114,11 @@ def running():
 
     Raises RuntimeError with the daemons' logs when the node does not come up.
     """
-    folder = Path(tempfile.mkdtemp(prefix="sat-slurm-"))
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     surroundings = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
     daemons: list[subprocess.Popen] = []
+    lock = open(folder / "lock", "w")  # released when this process ends, however it ends
+    fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         _configure(folder)
         CONFIGURATION.mkdir(exist_ok=True)
@@ -137,16 +146,8 @@ def running():
         yield surroundings
     finally:
         _stop(daemons, surroundings)
-        for name in FILES:
-            (CONFIGURATION / name).unlink(missing_ok=True)
-        for mount in Path("/proc/mounts").read_text().splitlines():
-            if str(folder) in mount:
-                subprocess.run(["umount", mount.split()[1]], capture_output=True)
-        for group in Path("/sys/fs/cgroup").glob("*/slurm*"):
-            for path in sorted(group.rglob("*/"), reverse=True) + [group]:
-                with contextlib.suppress(OSError):  # one that is not empty is another's
-                    path.rmdir()
-        shutil.rmtree(folder)
+        _remove(folder)
+        lock.close()
 
 
 def jobs(surroundings: dict[str, str]) -> list[dict[str, str]]:
@@ -190,6 +191,47 @@ def _configure(folder: Path) -> None:
         os.mknod(device, 0o666 | 0o020000, os.makedev(1, 3))  # a second name of /dev/null
         gpus.append(f"Name=gpu File={device}\n")
     (folder / "gres.conf").write_text("".join(gpus))
+
+
+def _remove_what_a_killed_run_left() -> None:
+    """The daemons, links and folder of a cluster whose starter is gone: its lock is free."""
+    for link in [CONFIGURATION / name for name in FILES]:
+        folder = link.readlink().parent if link.is_symlink() else Path()
+        if not folder.name.startswith(PREFIX):
+            continue
+        if folder.is_dir():
+            with open(folder / "lock", "a") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return
+            for name in ("slurmd.pid", "slurmctld.pid", "munge/munged.pid"):
+                _kill(folder / name)
+        _remove(folder)
+
+
+def _kill(pid_file: Path) -> None:
+    """Kill the daemon that wrote the file, if its number has not become another program's."""
+    with contextlib.suppress(OSError, ValueError):
+        pid = int(pid_file.read_text())
+        if Path(f"/proc/{pid}/comm").read_text().strip() == pid_file.stem:
+            os.kill(pid, signal.SIGKILL)
+
+
+def _remove(folder: Path) -> None:
+    """What a cluster leaves behind when its daemons are stopped: links, mounts, control groups, its folder."""
+    for name in FILES:
+        link = CONFIGURATION / name
+        if link.is_symlink() and link.readlink().parent == folder:
+            link.unlink()
+    for mount in Path("/proc/mounts").read_text().splitlines():
+        if str(folder) in mount:
+            subprocess.run(["umount", mount.split()[1]], capture_output=True)
+    for group in Path("/sys/fs/cgroup").glob("*/slurm*"):
+        for path in sorted(group.rglob("*/"), reverse=True) + [group]:
+            with contextlib.suppress(OSError):  # one that is not empty is another's
+                path.rmdir()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def memory_is_enforced(surroundings: dict[str, str]) -> bool:

@@ -1,6 +1,7 @@
 """Data and results in object storage: Snakemake's storage plugin and a local S3 server (moto)."""
 
 import boto3
+import compare
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -32,7 +33,7 @@ def bucket(monkeypatch):
 
 def test_data_and_results_lie_in_the_bucket_and_archives_stay_here(fresh, bucket):
     bucket, storage = bucket
-    fresh.run("all", *storage)
+    printed = fresh.run("all", "--printshellcmds", *storage)
     keys = {item.key.removeprefix("mine/") for item in bucket.objects.all()}
     assert {"data/tiny/listops/train.arrow", "results/tiny/table.csv"} <= keys
     assert "results/tiny/runs/image/sat/seed1001/metrics.json" in keys
@@ -40,9 +41,30 @@ def test_data_and_results_lie_in_the_bucket_and_archives_stay_here(fresh, bucket
     assert (fresh.root / "data/tiny/archives/lra_release.gz").is_file()
     assert not (fresh.root / "results/tiny/table.csv").exists()
 
+    # Programs that read a folder get one that has the files: benchmarks and settings here, the rest with the inputs.
+    benchmarks = fresh.root / "results/tiny/benchmarks"
+    steps = [row["step"] for row in compare.preparation_rows(benchmarks)]
+    expected = {"extract", "prepare cifar10", "preprocess listops", "compile kernels"}
+    assert expected <= set(steps)
+    assert (benchmarks / "train/image/sat/seed1001.tsv").is_file()
+    assert printed.count("--benchmarks results/tiny/benchmarks ") == 2
+    figures = ".snakemake/storage/s3/lra/mine/results/tiny/figures"
+    assert f"--results results/tiny --figures {figures} " in printed
+
     assert "Nothing to be done" in fresh.run("all", *storage)
 
     bucket.Object("mine/results/tiny/table.csv").delete()
     before = len(fresh.calls())
     fresh.run("table", *storage)
     assert len(fresh.calls()) == before + 1
+
+
+def test_the_table_so_far_is_refused_where_the_runs_lie_in_the_bucket(fresh, bucket):
+    _, storage = bucket
+    done = fresh.snakemake(
+        *["table_so_far", "--cores", "1", "--configfile", "config/tiny.yaml"], *storage
+    )
+    assert done.returncode != 0
+    assert "table_so_far reads the folder results/tiny/runs" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert not (fresh.root / "calls.jsonl").exists()

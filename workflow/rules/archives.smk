@@ -14,7 +14,7 @@ if config["data"] == "generated":
         log:
             f"{RESULTS}/logs/demo_archives.log",
         benchmark:
-            f"{RESULTS}/benchmarks/demo_archives.tsv"
+            local(f"{RESULTS}/benchmarks/demo_archives.tsv")
         conda:
             "../../envs/tf.yaml"
         threads: 1
@@ -37,7 +37,7 @@ else:
         log:
             f"{RESULTS}/logs/download/{{file}}.log",
         benchmark:
-            f"{RESULTS}/benchmarks/download/{{file}}.tsv"
+            local(f"{RESULTS}/benchmarks/download/{{file}}.tsv")
         wildcard_constraints:
             file="|".join(map(re.escape, SOURCE_OF_FILE)),
         localrule: True  # on a cluster too: compute nodes often have no network
@@ -70,7 +70,7 @@ else:
             log:
                 f"{RESULTS}/logs/prepare_{_source}.log",
             benchmark:
-                f"{RESULTS}/benchmarks/prepare_{_source}.tsv"
+                local(f"{RESULTS}/benchmarks/prepare_{_source}.tsv")
             conda:
                 "../../envs/tf.yaml"
             threads: 1
@@ -94,7 +94,7 @@ else:
         log:
             f"{RESULTS}/logs/extract_pathfinder_tfds.log",
         benchmark:
-            f"{RESULTS}/benchmarks/extract_pathfinder_tfds.tsv"
+            local(f"{RESULTS}/benchmarks/extract_pathfinder_tfds.tsv")
         conda:
             "../../envs/python.yaml"
         threads: 1
@@ -121,7 +121,7 @@ rule extract:
     log:
         f"{RESULTS}/logs/extract.log",
     benchmark:
-        f"{RESULTS}/benchmarks/extract.tsv"
+        local(f"{RESULTS}/benchmarks/extract.tsv")
     conda:
         "../../envs/python.yaml"
     threads: 1

@@ -10,11 +10,11 @@ rule measure_attention:
         + [f"sat/{name}.py" for name in ("benchmark", "launch", "runtime")],
         kernels=rules.compile_kernels.output,
     output:
-        json=f"{BENCHMARK}/attention.json",
+        json=local(f"{BENCHMARK}/attention.json"),
     log:
         f"{RESULTS}/logs/measure_attention.log",
     benchmark:
-        f"{RESULTS}/benchmarks/measure_attention.tsv"
+        local(f"{RESULTS}/benchmarks/measure_attention.tsv")
     conda:
         "../../envs/torch.yaml"
     threads: config["threads"]["train"]
@@ -38,13 +38,13 @@ rule report_attention:
         seal=SEAL,
         json=rules.measure_attention.output.json,
     output:
-        csv=f"{BENCHMARK}/attention.csv",
-        md=f"{BENCHMARK}/attention.md",
-        figures=BENCHMARK_FIGURES,
+        csv=local(f"{BENCHMARK}/attention.csv"),
+        md=local(f"{BENCHMARK}/attention.md"),
+        figures=local(BENCHMARK_FIGURES),
     log:
         f"{RESULTS}/logs/report_attention.log",
     benchmark:
-        f"{RESULTS}/benchmarks/report_attention.tsv"
+        local(f"{RESULTS}/benchmarks/report_attention.tsv")
     conda:
         "../../envs/report.yaml"
     threads: 1
@@ -65,12 +65,12 @@ rule measure_steps:
         ),
         kernels=rules.compile_kernels.output,
     output:
-        json=f"{BENCHMARK}/step.json",
-        md=f"{BENCHMARK}/step.md",
+        json=local(f"{BENCHMARK}/step.json"),
+        md=local(f"{BENCHMARK}/step.md"),
     log:
         f"{RESULTS}/logs/measure_steps.log",
     benchmark:
-        f"{RESULTS}/benchmarks/measure_steps.tsv"
+        local(f"{RESULTS}/benchmarks/measure_steps.tsv")
     conda:
         "../../envs/torch.yaml"
     threads: config["threads"]["train"]

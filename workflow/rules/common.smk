@@ -1,7 +1,8 @@
 # What the rules share: names of files, which Python runs a job, functions for inputs and params.
 
 # `local` keeps a file out of object storage (docs/cluster.md): the project's own files, and 25 GB of archives and raw
-# files, of which programs also read what Snakemake does not know by name.
+# files, of which programs also read what Snakemake does not know by name. So are benchmarks, which the tables read from
+# their folder, and what else was measured on this machine.
 ARCHIVES = f"{DATA}/archives"
 LEVEL = settings.resolve_dataset(config, "pathfinder")["options"]["level"]
 RAW = {
@@ -130,6 +131,28 @@ def in_env(name):
     return lambda wildcards, input: "python" if CONDA else shlex.quote(str(without_conda))
 
 
+# Whether jobs run on other machines: only an executor that submits them has a number of jobs (`nodes`) beside the cores.
+ELSEWHERE = workflow.remote_exec or workflow.resource_settings.nodes is not None
+
+
+def gpus_of_training(wildcards):
+    """gpus_per_run; 0 on a machine that has none, where several trainings at once use the CPUs.
+
+    A cluster's nodes have some until its profile says otherwise. Raises WorkflowError where Snakemake would make them
+    fewer without a word.
+    """
+    if not ELSEWHERE and shutil.which("nvidia-smi") is None:
+        return 0
+    wanted, limit = config["gpus_per_run"], workflow.global_resources.get("gpu")
+    # The limit is that of the Snakemake that plans, not of the one that runs a job on a node.
+    if not workflow.remote_exec and limit is not None and limit.value < wanted:
+        raise WorkflowError(
+            f"gpus_per_run is {wanted}, but the resource gpu is limited to {limit.value}: "
+            f"call snakemake with --resources gpu={wanted}, or lower gpus_per_run"
+        )
+    return wanted
+
+
 def in_root(wildcards, input):
     """The folder of the Snakefile, for PYTHONPATH; not recorded, so a moved clone reruns nothing."""
     return workflow.basedir
@@ -155,6 +178,16 @@ def make_environments():
         environments.ensure_all(names)
     except environments.EnvironmentFailed as error:
         raise WorkflowError(str(error))
+
+
+def refuse_what_storage_lacks():
+    """Raises WorkflowError for table_so_far where the runs lie in object storage: it reads them from their folder."""
+    provider = workflow.storage_settings.default_storage_provider
+    if provider and any(job.name == "table_so_far" for job in workflow.dag.jobs):
+        raise WorkflowError(
+            f"table_so_far reads the folder {RESULTS}/runs, and the runs are in storage ({provider}): copy them to that "
+            "folder and call it without --default-storage-provider"
+        )
 
 
 def raw_files(wildcards):
@@ -185,9 +218,9 @@ def runs_folder(wildcards, input):
     return shlex.quote(str(Path(input.metrics[0]).parents[3]))
 
 
-def results_folder(wildcards, input):
-    """The folder above that; not recorded."""
-    return shlex.quote(str(Path(input.metrics[0]).parents[4]))
+def figures_folder(wildcards, input):
+    """The folder of the figures of the whole run set; not recorded."""
+    return shlex.quote(str(Path(input.figures[0]).parent))
 
 
 @functools.cache

@@ -12,7 +12,7 @@ rule compile_kernels:
     log:
         f"{RESULTS}/logs/compile_kernels.log",
     benchmark:
-        f"{RESULTS}/benchmarks/compile_kernels.tsv"
+        local(f"{RESULTS}/benchmarks/compile_kernels.tsv")
     conda:
         "../../envs/torch.yaml"
     threads: config["threads"]["kernels"]

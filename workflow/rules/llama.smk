@@ -14,7 +14,7 @@ rule get_llama:
     log:
         f"{RESULTS}/logs/get_llama.log",
     benchmark:
-        f"{RESULTS}/benchmarks/get_llama.tsv"
+        local(f"{RESULTS}/benchmarks/get_llama.tsv")
     localrule: True  # on a cluster too: compute nodes often have no network
     conda:
         "../../envs/python.yaml"
@@ -44,7 +44,7 @@ rule build_llama:
     log:
         f"{RESULTS}/logs/build_llama.log",
     benchmark:
-        f"{RESULTS}/benchmarks/build_llama.tsv"
+        local(f"{RESULTS}/benchmarks/build_llama.tsv")
     conda:
         "../../envs/llama.yaml"
     threads: config["threads"]["kernels"]
@@ -67,12 +67,12 @@ rule run_llama:
         build=rules.build_llama.output.record,
         model=local([LLAMA["model"]]) if LLAMA["model"] else [],
     output:
-        bench=f"{LLAMA_RESULTS}/bench.csv",
-        summary=f"{LLAMA_RESULTS}/summary.md",
+        bench=local(f"{LLAMA_RESULTS}/bench.csv"),
+        summary=local(f"{LLAMA_RESULTS}/summary.md"),
     log:
         f"{RESULTS}/logs/run_llama.log",
     benchmark:
-        f"{RESULTS}/benchmarks/run_llama.tsv"
+        local(f"{RESULTS}/benchmarks/run_llama.tsv")
     conda:
         "../../envs/llama.yaml"
     threads: config["threads"]["kernels"]

@@ -16,7 +16,7 @@ rule preprocess:
     log:
         f"{RESULTS}/logs/preprocess/{{task}}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/preprocess/{{task}}.tsv"
+        local(f"{RESULTS}/benchmarks/preprocess/{{task}}.tsv")
     wildcard_constraints:
         task="|".join(re.escape(task) for task in TASKS if task not in OWN_FILES) or "-",
     conda:
@@ -51,7 +51,7 @@ rule preprocess_own:
     log:
         f"{RESULTS}/logs/preprocess/{{task}}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/preprocess/{{task}}.tsv"
+        local(f"{RESULTS}/benchmarks/preprocess/{{task}}.tsv")
     wildcard_constraints:
         task="|".join(map(re.escape, OWN_FILES)) or "-",
     conda:

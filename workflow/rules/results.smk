@@ -22,7 +22,7 @@ rule collect:
     log:
         f"{RESULTS}/logs/collect.log",
     benchmark:
-        f"{RESULTS}/benchmarks/collect.tsv"
+        local(f"{RESULTS}/benchmarks/collect.tsv")
     conda:
         "../../envs/report.yaml"
     threads: 1
@@ -80,7 +80,7 @@ rule compare:
     log:
         f"{RESULTS}/logs/compare.log",
     benchmark:
-        f"{RESULTS}/benchmarks/compare.tsv"
+        local(f"{RESULTS}/benchmarks/compare.tsv")
     conda:
         "../../envs/report.yaml"
     threads: 1
@@ -164,7 +164,7 @@ rule draw_figures:
     log:
         f"{RESULTS}/logs/figures/{{task}}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/figures/{{task}}.tsv"
+        local(f"{RESULTS}/benchmarks/figures/{{task}}.tsv")
     conda:
         "../../envs/report.yaml"
     threads: 1
@@ -204,7 +204,7 @@ rule draw_summary:
     log:
         f"{RESULTS}/logs/draw_summary.log",
     benchmark:
-        f"{RESULTS}/benchmarks/draw_summary.tsv"
+        local(f"{RESULTS}/benchmarks/draw_summary.tsv")
     conda:
         "../../envs/report.yaml"
     threads: 1
@@ -248,7 +248,7 @@ rule write_report:
     log:
         f"{RESULTS}/logs/report.log",
     benchmark:
-        f"{RESULTS}/benchmarks/report.tsv"
+        local(f"{RESULTS}/benchmarks/report.tsv")
     conda:
         "../../envs/report.yaml"
     threads: 1
@@ -258,11 +258,12 @@ rule write_report:
         python=in_env("report"),
         config=ORDER,
         runs=runs_folder,
-        results=results_folder,
+        figures=figures_folder,
+        results=lambda wildcards: RESULTS,  # that on this machine, with or without object storage
         beside=digest_of_existing([*BENCHMARK_FIGURES, LLAMA_SUMMARY]),
     shell:
         "{params.python} {input.script} --output {output} --config {params.config:q} --runs-dir {params.runs} "
-        "--published {input.published} --results {params.results} > {log} 2>&1"
+        "--published {input.published} --results {params.results} --figures {params.figures} > {log} 2>&1"
 
 
 rule report:
@@ -284,7 +285,7 @@ rule export_model:
     log:
         f"{RESULTS}/logs/models/{{task}}/{{attention}}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/models/{{task}}/{{attention}}.tsv"
+        local(f"{RESULTS}/benchmarks/models/{{task}}/{{attention}}.tsv")
     conda:
         "../../envs/report.yaml"
     threads: 1

@@ -18,13 +18,13 @@ rule train:
     log:
         f"{RESULTS}/logs/train/{{task}}/{{attention}}/seed{{seed}}.log",
     benchmark:
-        f"{RESULTS}/benchmarks/train/{{task}}/{{attention}}/seed{{seed}}.tsv"
+        local(f"{RESULTS}/benchmarks/train/{{task}}/{{attention}}/seed{{seed}}.tsv")
     conda:
         "../../envs/torch.yaml"
     threads: config["threads"]["train"]
     resources:
         mem_mb=8000,
-        gpu=config["gpus_per_run"] if shutil.which("nvidia-smi") else 0,
+        gpu=gpus_of_training,
     params:
         root=in_root,
         python=in_env("torch"),

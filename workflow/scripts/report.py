@@ -187,9 +187,9 @@ def make_report(
     failures: dict[str, dict[str, Any]],
     published: list[dict[str, Any]],
     results: Path,
-    folder: Path,
+    drawn: Path,
 ) -> str:
-    """The HTML text; folder: where the figures are."""
+    """The HTML text; `drawn` is the folder of the figures."""
     rows = build_table(runs, config, failures)
     run = config["run"]
     made = make_tables(config, runs, failures, published, results / "benchmarks")
@@ -200,14 +200,14 @@ def make_report(
         figures = known(
             [
                 figure(
-                    folder / task / f"{name}.svg", caption_of(name), f"{task}: {caption_of(name)}"
+                    drawn / task / f"{name}.svg", caption_of(name), f"{task}: {caption_of(name)}"
                 )
                 for name in OF_TASK
             ]
         )
         sections.append({"task": task, "table": shown, "figures": figures})
     summaries = {
-        name: figure(folder / f"{name}.svg", caption_of(name), caption_of(name))
+        name: figure(drawn / f"{name}.svg", caption_of(name), caption_of(name))
         for name in ("summary", "speed", "memory", "preparation")
     }
     benchmark = known(
@@ -273,14 +273,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         config, runs, failures = read_arguments(args)
-        html = make_report(
-            config,
-            runs,
-            failures,
-            read_published(args.published),
-            args.results,
-            args.figures or args.results / "figures",
-        )
+        published = read_published(args.published)
+        drawn = args.figures or args.results / "figures"
+        html = make_report(config, runs, failures, published, args.results, drawn)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         write_all({args.output: html})
     except (OSError, ValueError) as error:
