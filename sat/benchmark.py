@@ -207,12 +207,30 @@ def cases(batch: int, length: int, blocks, densities, use_flex: bool):
                 yield "flex", block, density, selected, flex_forward(mask, block), False
 
 
+def about(rounds: int, clock, load: float) -> dict:
+    """What a file of a benchmark says of machine, software and conditions."""
+    import torch
+
+    from sat.attention import selected_backend
+    from sat.runtime import describe_device
+
+    return {
+        "schema_version": 1,
+        "machine": describe_device(torch.device("cpu")),
+        "backend": selected_backend("cpu"),
+        "torch": torch.__version__,
+        "clock": clock.__name__,
+        "rounds": rounds,
+        "allocator": os.environ.get("GLIBC_TUNABLES"),
+        "load": load,
+    }
+
+
 def attention(options: argparse.Namespace) -> dict:
     """What is written to the JSON file."""
     import torch
 
     from sat.attention import kernels, selected_backend
-    from sat.runtime import describe_device
 
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.threads == 1 else time.perf_counter
@@ -269,16 +287,8 @@ def attention(options: argparse.Namespace) -> dict:
             results += [row | {"seconds": seconds[key]} for key, row in enumerate(rows)]
             load.append(os.getloadavg())
             print(f"batch {batch}, length {length}: done", file=sys.stderr)
-    return {
-        "schema_version": 1,
-        "machine": describe_device(torch.device("cpu")),
-        "backend": backend,
+    return about(options.rounds, clock, max(values[0] for values in load)) | {
         "instruction_set": kernels.instruction_set("cpu") if backend == "cpu" else None,
-        "torch": torch.__version__,
-        "clock": clock.__name__,
-        "rounds": options.rounds,
-        "allocator": os.environ.get("GLIBC_TUNABLES"),
-        "load": max(values[0] for values in load),
         "results": results,
     }
 

@@ -86,11 +86,8 @@ def hours(config, task: str, seconds: dict[str, float]) -> float:
 
 def run(options, clock) -> dict:
     """What the file of the benchmark holds; prints the table."""
-    import torch
-
     from sat import config as settings
-    from sat.attention import selected_backend
-    from sat.runtime import describe_device
+    from sat.benchmark import about
 
     whole = settings.load("lra")
     tasks, attentions = names("tasks"), names("attentions")
@@ -106,14 +103,7 @@ def run(options, clock) -> dict:
             row = {"task": task, "attention": attention, "seconds_a_sequence": seconds}
             results.append(row | {"hours": hours(config, task, seconds)})
             print(f"{task}, {attention}: {results[-1]['hours']:.1f} h", file=sys.stderr)
-    record = {
-        "schema_version": 1,
-        "machine": describe_device(torch.device("cpu")),
-        "backend": selected_backend("cpu"),
-        "torch": torch.__version__,
-        "clock": clock.__name__,
-        "rounds": options.rounds,
-        "load": os.getloadavg()[0],
+    record = about(options.rounds, clock, os.getloadavg()[0]) | {
         "results": results,
     }
     print("\n".join(table(record)))

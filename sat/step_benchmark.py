@@ -270,11 +270,7 @@ def measure_peak(way: str, task: str, batch: int) -> int:
 
 def run(options, clock) -> dict:
     """What the file of the benchmark holds; prints the table."""
-    import torch
-
-    from sat.attention import selected_backend
-    from sat.benchmark import _measure
-    from sat.runtime import describe_device
+    from sat.benchmark import _measure, about
 
     shapes = QUICK_SHAPES if options.quick else SHAPES
     results, shares = [], []
@@ -286,15 +282,7 @@ def run(options, clock) -> dict:
         shares.append({"shape": name, "seconds": parts, "shares": shares_of(parts, seconds)})
         times = ", ".join(f"{way} {1e3 * value:.0f} ms" for way, value in seconds.items())
         print(f"{name}: {times}", file=sys.stderr)
-    record = {
-        "schema_version": 1,
-        "machine": describe_device(torch.device("cpu")),
-        "backend": selected_backend("cpu"),
-        "torch": torch.__version__,
-        "clock": clock.__name__,
-        "rounds": options.rounds,
-        "allocator": os.environ.get("GLIBC_TUNABLES"),
-        "load": os.getloadavg()[0],
+    record = about(options.rounds, clock, os.getloadavg()[0]) | {
         "results": results,
         "outside": shares,
         "peak_bytes": None
