@@ -6,6 +6,7 @@ mended, the right result), and raises world.Wrong otherwise. `draw`, a random.Ra
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -532,7 +533,12 @@ def hanging_worker(world: World, folder: Path, draw: random.Random) -> str:
     python.write_text("#!/bin/sh\nexec sleep 1000\n")
     process = pipeline.start()
     time.sleep(world.pipeline_seconds)
-    signal_group(process.pid, draw.choice([signal.SIGINT, signal.SIGTERM]))
+    number = draw.choice([signal.SIGINT, signal.SIGTERM])
+    for _ in range(LIMIT // 10):  # a worker that starts after the signal waits for the next one
+        signal_group(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+            break
     pipeline.end(process)
     python.write_bytes(whole)
     return pipeline.finish()
