@@ -376,17 +376,17 @@ def test_the_code_of_inductor_has_the_same_losses(folder, tmp_path, monkeypatch)
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         pytest.skip("no Python.h, which inductor's C++ includes")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no processes of its own
     torch.compiler.reset()
     steps = {"num_train_steps": 4, "num_dense_train_steps": 2, "warmup": 1}
-    plain, compiled = (
-        trained(
-            settings_of(model={"num_layers": 1}, training={"compile": compile, **steps}),
-            folder,
-            tmp_path / str(compile),
+    with torch._inductor.config.patch(compile_threads=1):  # no processes of its own
+        plain, compiled = (
+            trained(
+                settings_of(model={"num_layers": 1}, training={"compile": compile, **steps}),
+                folder,
+                tmp_path / str(compile),
+            )
+            for compile in (False, True)
         )
-        for compile in (False, True)
-    )
     assert list((tmp_path / "cache").rglob("*.cpp"))
     assert compiled == pytest.approx(plain, rel=1e-4)
 
