@@ -948,8 +948,7 @@ def _json(content: dict) -> str:
 
 def _write(path: Path, write) -> None:
     """Call write(temporary path) and give the file its name when it is complete."""
-    partial = path.with_name(
-        f".{path.name}.partial"
-    )  # history.jsonl.partial is what a run goes on from
+    # With a dot: history.jsonl.partial is what a run goes on from.
+    partial = path.with_name(f".{path.name}.partial")
     write(partial)
     os.replace(partial, path)

@@ -85,29 +85,29 @@ def run_dense(backend, q, k, v, lengths, padded_queries, return_map, dropout_p, 
 def _check_cases(backend):
     """(head width, function (backend, q, k, v, lengths) -> outputs on [3, 2, 128, width])."""
     seed = torch.tensor(3)
+
+    def sparse(mask, block, denominator, dropout_p):
+        def call(backend, q, k, v, lengths):
+            where = mask.to(q.device), block, lengths, denominator, dropout_p, seed
+            return run_block_sparse(backend, q, k, v, *where)[:1]
+
+        return call
+
+    def dense(padded_queries, dropout_p):
+        return lambda backend, q, k, v, lengths: run_dense(
+            backend, q, k, v, lengths, padded_queries, True, dropout_p, seed
+        )
+
     for number, (block, width) in enumerate(KERNELS.get(backend, KERNELS["cpu"])):
         blocks = 128 // block
         mask = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(1)) < 0.5
         mask[0], mask[1] = False, True
+        dropout_p = 0.25 * (number % 2)  # flex has one case, the first
         for denominator in kernels.DENOMINATORS:
-            # Dropout in every second case; flex has none.
-            dropout_p = 0.0 if backend == "flex" else 0.25 * (number % 2)
-            yield (
-                width,
-                lambda backend, q, k, v, lengths, mask=mask, options=(block, denominator, dropout_p): (
-                    run_block_sparse(
-                        backend,
-                        *(q, k, v, mask.to(q.device), options[0], lengths, *options[1:], seed),
-                    )[:1]
-                ),
-            )
-        for padded, dropout_p in () if backend == "flex" else (("zero", 0.0), ("attend", 0.25)):
-            yield (
-                width,
-                lambda backend, q, k, v, lengths, padded=padded, dropout_p=dropout_p: run_dense(
-                    backend, q, k, v, lengths, padded, True, dropout_p, seed
-                ),
-            )
+            yield width, sparse(mask, block, denominator, dropout_p)
+        if backend != "flex":
+            yield width, dense("zero", 0.0)
+            yield width, dense("attend", 0.25)
 
 
 def relative_error(expected: torch.Tensor, got: torch.Tensor) -> float:
@@ -148,25 +148,24 @@ def largest_error(backend: str, dtype: torch.dtype = torch.float32) -> float:
 
 def check(backend: str) -> tuple[float, str | None]:
     """(largest error in float32, why an available backend is not trusted or None)."""
-    checks = [(torch.float32, False, TOLERANCE)]
+    checks = [("float32", torch.float32, TOLERANCE)]
     if backend == "cuda":
-        checks += [(dtype, False, tolerance) for dtype, tolerance in HALF_TOLERANCES.items()]
-        checks.append((torch.float32, True, TF32_TOLERANCE))
-    first = float("inf")
-    for dtype, tf32, tolerance in checks:
+        checks += [
+            (str(dtype).removeprefix("torch."), dtype, tolerance)
+            for dtype, tolerance in HALF_TOLERANCES.items()
+        ]
+        checks.append(("TF32", torch.float32, TF32_TOLERANCE))
+    errors: dict[str, float] = {"float32": float("inf")}
+    for name, dtype, tolerance in checks:
         try:
-            with kernels.products_in_tf32(tf32):
-                error = largest_error(backend, dtype)
+            with kernels.products_in_tf32(name == "TF32"):
+                error = errors[name] = largest_error(backend, dtype)
         except RuntimeError as exception:  # of CUDA, or of torch's compiler
-            return first, f"its check failed: {exception}"
-        first = min(first, error)
+            return errors["float32"], f"its check failed: {exception}"
         if not error <= tolerance:
-            name = "TF32" if tf32 else str(dtype).removeprefix("torch.")
-            return (
-                first,
-                f"its kernels differ from reference by {error:.1e} in {name}, allowed {tolerance:.0e}",
-            )
-    return first, None
+            reason = f"its kernels differ from reference by {error:.1e} in {name}, allowed {tolerance:.0e}"
+            return errors["float32"], reason
+    return errors["float32"], None
 
 
 def milliseconds(backend: str) -> float:
@@ -196,8 +195,11 @@ def _title(backend: str) -> str:
 
 
 @functools.cache
-def _choose(device_type: str) -> str:
-    """Checks the backends of a device once, times those that pass; logs and returns the choice."""
+def _choose(device_type: str) -> tuple[str, ...]:
+    """Checks the backends of a device once, times those that pass and logs the choice.
+
+    Returns those that are trusted, the fastest first, and behind them "reference".
+    """
     failures, trusted = [], []
     for backend in CANDIDATES.get(device_type, ()):
         failure = unavailable(backend) or check(backend)[1]
@@ -206,26 +208,31 @@ def _choose(device_type: str) -> str:
         else:
             failures.append(f"not {backend}: {failure}")
     if trusted:
-        times = {name: milliseconds(name) for name in trusted} if len(trusted) > 1 else {}
-        chosen = min(trusted, key=times.get) if times else trusted[0]
-        words = [f"attention on {device_type}: {_title(chosen)}"]
-        if times:
-            words += [f"{name} {value:.2f} ms a call" for name, value in times.items()]
+        words = []
+        if len(trusted) > 1:
+            times = {name: milliseconds(name) for name in trusted}
+            words = [f"{name} {value:.2f} ms a call" for name, value in times.items()]
+            trusted.sort(key=times.get)
+        words.insert(0, f"attention on {device_type}: {_title(trusted[0])}")
         logger.log(logging.WARNING if failures else logging.INFO, "; ".join([*words, *failures]))
-        return chosen
-    if failures:
+    elif failures:
         reasons = "; ".join(failures)
         logger.warning("attention on %s: plain PyTorch, which is slow: %s", device_type, reasons)
-    return "reference"
+    return (*trusted, "reference")
+
+
+@torch.compiler.assume_constant_result
+def _ranking(device_type: str) -> tuple[str, ...]:
+    return _choose(device_type)
 
 
 @torch.compiler.assume_constant_result
 def selected_backend(device_type: str) -> str:
     """The backend that "auto" uses for float32 tensors on a device; see CANDIDATES.
 
-    Where it is "flex", dense attention and dropout are those of "reference".
+    Where it is "flex", dense attention and dropout are those of the next one that is trusted.
     """
-    return _choose(device_type)
+    return _choose(device_type)[0]
 
 
 def resolve(backend: str, q: torch.Tensor, block_size: int | None, dropout_p: float = 0.0) -> str:
@@ -242,8 +249,7 @@ def resolve(backend: str, q: torch.Tensor, block_size: int | None, dropout_p: fl
         ]
         if not able:  # before the libraries are loaded and checked
             return "reference"
-        chosen = selected_backend(q.device.type)
-        return chosen if chosen in able else "reference"
+        return next(name for name in _ranking(q.device.type) if name in (*able, "reference"))
     obstacle = _obstacle(backend, q, block_size, dropout_p)
     if obstacle is None and not (backend == "flex" and q.device.type == "cpu"):
         obstacle = unavailable(backend)

@@ -374,7 +374,7 @@ def test_a_backend_that_gives_other_numbers_is_not_used(monkeypatch, caplog, for
 
 
 def test_double_precision_goes_through_reference(monkeypatch):
-    monkeypatch.setattr(selection, "_choose", lambda device_type: "cpu")
+    monkeypatch.setattr(selection, "_choose", lambda device_type: ("cpu", "reference"))
     q, _, _ = make_inputs()
     assert selection.resolve("auto", q, BLOCK) == "reference"
     assert selection.resolve("auto", q.float(), BLOCK) == "cpu"

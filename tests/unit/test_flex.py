@@ -107,19 +107,29 @@ def a_gpu(monkeypatch):
     return errors, times
 
 
-def test_on_a_gpu_the_fastest_of_those_that_pass(a_gpu, caplog):
+def test_on_a_gpu_the_fastest_of_those_that_pass(a_gpu, monkeypatch, caplog):
     errors, times = a_gpu
     errors.update(cuda=1e-7, flex=1e-7)
     times.update(cuda=1.0, flex=2.0)
-    assert selection._choose.__wrapped__("cuda") == "cuda" and not caplog.records
+    assert selection._choose.__wrapped__("cuda")[0] == "cuda" and not caplog.records
     times.update(flex=0.5)
     with caplog.at_level("INFO"):
-        assert selection._choose.__wrapped__("cuda") == "flex"
+        assert selection._choose.__wrapped__("cuda")[0] == "flex"
     assert "attention on cuda: flex; cuda 1.00 ms a call; flex 0.50 ms a call" in caplog.text
+    q = torch.empty(1, 1, 32, 32, device="meta")
+    monkeypatch.setattr(selection, "_ranking", lambda device_type: ("flex", "cuda", "reference"))
+    monkeypatch.setitem(selection.CANDIDATES, "meta", ("cuda", "flex"))
+    monkeypatch.setattr(
+        selection,
+        "_obstacle",
+        lambda name, q, block_size, dropout_p: "no" if name == "flex" and dropout_p else None,
+    )
+    assert selection.resolve("auto", q, 32) == "flex"
+    assert selection.resolve("auto", q, 32, dropout_p=0.1) == "cuda"
     errors.update(flex=1.0)
-    assert selection._choose.__wrapped__("cuda") == "cuda"
+    assert selection._choose.__wrapped__("cuda")[0] == "cuda"
     errors.update({("cuda", torch.bfloat16): 0.5})
-    assert selection._choose.__wrapped__("cuda") == "reference"
+    assert selection._choose.__wrapped__("cuda")[0] == "reference"
     assert "not cuda: its kernels differ from reference by 5.0e-01 in bfloat16" in caplog.text
     assert "plain PyTorch" in caplog.text and "not flex: its kernels differ" in caplog.text
 
@@ -128,7 +138,7 @@ def test_a_check_that_fails_is_said_in_the_table(a_gpu, capsys):
     errors, times = a_gpu
     errors.update(cuda=RuntimeError("no kernel image"), cpu=1e-7, flex=1e-7, reference=1e-7)
     times.update(cpu=1.0, flex=1.0, reference=1.0)
-    assert selection._choose.__wrapped__("cuda") == "flex"
+    assert selection._choose.__wrapped__("cuda")[0] == "flex"
     rows = {row[0]: row for row in backends.table()}
     assert rows["cuda"][2] == "NO: its check failed: no kernel image"
     assert rows["cpu"][2:] == ("yes (1e-07)", "1.0 ms")
