@@ -10,6 +10,8 @@ import threading
 import time
 from collections import Counter
 
+import ranged
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
@@ -80,19 +82,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         resumes: bool = True,
         pause: float = 0,
     ) -> None:
-        start = 0
-        wanted = self.headers.get("Range") if resumes else None
-        if wanted:
-            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-            if start >= len(body):
-                self.send_error(416)
-                return
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str((promised or len(body)) - start))
-        self.end_headers()
+        start = ranged.begin(self, body, resumes, promised)
+        if start is None:
+            return
         part = body[start : None if limit is None else start + limit]
         size = len(body) // 20 if pause else len(body) + 1
         for at in range(0, len(part), size):

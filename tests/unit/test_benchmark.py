@@ -18,13 +18,18 @@ from sat.model import Classifier, num_parameters
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_quick_benchmark_and_report(kernels_dir, tmp_path):
-    before = torch.get_num_threads()
-    file = tmp_path / "attention.json"
+def quick(what, folder, *options):
+    """The file of a quick benchmark, of one round."""
+    before, file = torch.get_num_threads(), folder / f"{what}.json"
     try:
-        benchmark.main(["attention", "--json", str(file), "--quick", "--rounds", "1", "--no-flex"])
+        benchmark.main([what, "--json", str(file), "--quick", "--rounds", "1", *options])
     finally:
         torch.set_num_threads(before)
+    return file
+
+
+def test_quick_benchmark_and_report(kernels_dir, tmp_path):
+    file = quick("attention", tmp_path, "--no-flex")
     record = json.loads(file.read_text())
     assert {row["implementation"] for row in record["results"]} >= {"sdpa", "sat", "gather + bmm"}
     assert all(row["seconds"] > 0 for row in record["results"])
@@ -87,11 +92,7 @@ def test_a_program_starts_anew_with_allocator_settings(tmp_path, already):
 
 
 def test_quick_benchmark_of_steps(kernels_dir, tmp_path, capsys):
-    before, file = torch.get_num_threads(), tmp_path / "step.json"
-    try:
-        benchmark.main(["step", "--json", str(file), "--quick", "--rounds", "1"])
-    finally:
-        torch.set_num_threads(before)
+    file = quick("step", tmp_path)
     record = json.loads(file.read_text())
     (result,) = record["results"]
     assert set(result["seconds"]) == set(step_benchmark.WAYS)
@@ -115,11 +116,7 @@ def test_quick_benchmark_of_steps(kernels_dir, tmp_path, capsys):
 
 
 def test_quick_benchmark_of_costs(kernels_dir, tmp_path, capsys):
-    before, file = torch.get_num_threads(), tmp_path / "cost.json"
-    try:
-        benchmark.main(["cost", "--json", str(file), "--quick", "--rounds", "1"])
-    finally:
-        torch.set_num_threads(before)
+    file = quick("cost", tmp_path)
     phases = [list(row["seconds_a_sequence"]) for row in json.loads(file.read_text())["results"]]
     assert phases == [
         ["dense", "dense score"],

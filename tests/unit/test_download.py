@@ -18,6 +18,7 @@ from pathlib import Path
 
 import download
 import pytest
+import ranged
 
 BODY = bytes(range(256)) * 400
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -70,18 +71,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pause: float | None = None,
         wait: threading.Event | None = None,
     ) -> None:
-        start = 0
-        if resumes and (wanted := self.headers.get("Range")):
-            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-            if start >= len(body):
-                self.send_error(416)
-                return
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str((promised or len(body)) - start))
-        self.end_headers()
+        start = ranged.begin(self, body, resumes, promised)
+        if start is None:
+            return
         self.wfile.write(body[start : start + limit if limit else None])
         if pause or wait:
             self.wfile.flush()
