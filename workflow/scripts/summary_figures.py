@@ -86,13 +86,12 @@ def draw_summary(
             if low is not None:
                 ends = (low, row["test_accuracy_95_high_percent"])
                 axes.plot(ends, (place, place), color=colour, linewidth=2, alpha=0.6)
-        level = max(group[0]["chance_percent"], group[0]["baseline_percent"] or 0)
-        axes.axvline(level, color="#555555", linestyle=":", linewidth=1.5)
+        chance, baseline = group[0]["chance_percent"], group[0]["baseline_percent"] or 0
+        axes.axvline(max(chance, baseline), color="#555555", linestyle=":", linewidth=1.5)
+        if baseline > chance:
+            axes.set_xlabel("test accuracy (%); dotted: root operator alone", fontsize="small")
 
-    words = "test accuracy (%); dotted: chance"
-    if any((row["baseline_percent"] or 0) > (row["chance_percent"] or 0) for row in rows):
-        words += ", or root operator alone"
-    return panels_of(rows, words, draw)
+    return panels_of(rows, "test accuracy (%); dotted: chance", draw)
 
 
 def draw_phases(rows: list[dict[str, Any]], column: str, words: str) -> Figure:
