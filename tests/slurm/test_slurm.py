@@ -33,7 +33,7 @@ FOR_ONE_MACHINE = {
 
 # In place of the torch environment's Python. Its first training of retrieval stops when there is a checkpoint, like one
 # on a node that hangs, so the limit of time meets it in the middle, however fast the machine is. (Slurm wakes a
-# stopped process before it sends SIGTERM.)
+# stopped process a moment before it sends SIGTERM: the training has more steps than go into that moment.)
 SLOW_PYTHON = """#!{python}
 import os, signal, subprocess, sys, time
 from pathlib import Path
@@ -82,6 +82,7 @@ def project(tmp_path_factory, tf_python):
 
     config = tiny_configuration() | {"tasks": ["listops", "retrieval"], "attentions": ["sat"]}
     config["threads"] = {"train": 1, "kernels": 2}
+    config["settings"]["retrieval"]["training"] |= {"num_train_steps": 400, "eval_frequency": 200}
     (project.root / "config/tiny.yaml").write_text(yaml.safe_dump(config))
     return project
 
