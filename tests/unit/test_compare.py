@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import shutil
+import subprocess
 
 import collect
 import compare
@@ -230,3 +232,32 @@ def test_main_writes_every_form(tmp_path):
     assert r"\toprule" in tex and r"\textbf{never}" in tex
     with open(tmp_path / "tables/published.csv") as file:
         assert next(csv.DictReader(file))["task"] == "listops"
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no LaTeX: apt-get install texlive")
+def test_latex_takes_every_table(tmp_path):
+    """All tables of real run sets' shapes and of a task with an odd name, in one document."""
+    odd = make_config(tasks=["my_task|50%&"], seeds=[1])
+    odd_runs = [make_metrics("my_task|50%&", "sat", 1), make_metrics("my_task|50%&", "softmax", 1)]
+    for name in ("usual", "odd"):
+        write_benchmark(tmp_path / name / "benchmarks/download/a_file%.gz.tsv")
+    pages = []
+    for name, config, all_metrics in (("usual", CONFIG, RUNS), ("odd", odd, odd_runs)):
+        for shown, _, _ in made(tmp_path / name, all_metrics, config, True).values():
+            pages += map(tables.to_latex, shown)
+        runs = {collect.run_name(metrics): metrics for metrics in all_metrics}
+        rows = collect.build_table(runs, config)
+        pages += [collect.to_latex(rows, "demo"), collect.short_latex(rows, "demo")]
+    (tmp_path / "all.tex").write_text(
+        "\\documentclass{article}\n\\usepackage{booktabs,graphicx}\n\\begin{document}\n"
+        + "\n".join(pages)
+        + "\\end{document}\n"
+    )
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stdout.decode(errors="replace")[-2000:]
+    log = (tmp_path / "all.log").read_text(errors="replace")
+    assert "Missing character" not in log
