@@ -1,10 +1,14 @@
 """README and docs: links that lead somewhere, numbers that stand in a file, two languages in the same order."""
 
+import json
 import re
 
+import benchmark_report
+import pandas as pd
 import pytest
 from compare import read_published
 
+from sat import cost_benchmark, step_benchmark
 from sat.config import ROOT
 
 READMES = ["README.md", "README.zh-CN.md"]
@@ -65,6 +69,32 @@ def test_the_demo_s_figures_are_those_of_its_table(page):
         assert rounds(times, row["ms a step"], 0), (task, times)
         assert rounds(density, row["density"], 2), (task, density)
         assert re.findall(r"\d+", switch) == re.findall(r"\d+", row["switch at step"])
+
+
+def kernel_table(path):
+    """The lines of a record that holds the measurements of a csv."""
+    record = {
+        "machine": {"name": "", "threads": 1},
+        **dict.fromkeys(("clock", "rounds", "torch", "backend", "instruction_set"), ""),
+        **{"allocator": "", "load": 0.0},
+    }
+    return benchmark_report.markdown(record, pd.read_csv(path)).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("page", "source", "table"),
+    [
+        ("kernels.md", "attention.csv", kernel_table),
+        ("training.md", "step.json", lambda f: step_benchmark.table(json.loads(f.read_text()))),
+        ("scaling.md", "cost.json", lambda f: cost_benchmark.table(json.loads(f.read_text()))),
+    ],
+)
+def test_measured_tables_are_those_of_their_measurements(page, source, table):
+    shown = (ROOT / "docs" / page).read_text()
+    rows = [line for line in table(ROOT / "docs/benchmark" / source) if line.startswith("|")]
+    assert len(rows) > 10
+    for row in rows:
+        assert row in shown, f"docs/{page} lacks what docs/benchmark/{source} gives: {row}"
 
 
 @pytest.mark.parametrize("page", READMES)
