@@ -39,36 +39,40 @@ def test_links_within_the_project_lead_somewhere(page):
             assert (path.parent / target.split("#")[0]).exists(), f"{page}: {target}"
 
 
+COLUMNS = {
+    "test accuracy (%)": 1,  # digits behind the point
+    "chance (%)": 1,
+    "switch at step": 0,
+    "density": 2,
+    "ms a step": 0,
+    "steps × batch": 0,
+}
+
+
+def figures(text):
+    return [float(x) for x in re.findall(r"\d+(?:\.\d+)?", text.replace(",", ""))]
+
+
 @pytest.mark.parametrize("page", READMES)
-def test_the_demo_s_figures_are_those_of_its_table(page):
-    """The README rounds what docs/demo/table.md says."""
-    table = {}
-    head, *lines = [
-        cells(x)
-        for x in (ROOT / "docs/demo/table.md").read_text().splitlines()
-        if x.startswith("|")
+@pytest.mark.parametrize(
+    ("source", "columns"),
+    [("docs/demo", list(COLUMNS)[:-1]), ("results/reference", list(COLUMNS))],
+)
+def test_tables_of_the_readme_are_those_of_the_runs(page, source, columns):
+    """The README rounds what table.md says."""
+    head, _, *lines = [
+        cells(x) for x in (ROOT / source / "table.md").read_text().splitlines() if x[:1] == "|"
     ]
-    for line in lines[1:]:
-        row = dict(zip(head, line, strict=True))
-        table[row["task"], row["attention"]] = row
-    shown = [r for r in rows_of((ROOT / page).read_text(), 7) if (r[0], r[1]) in table]
-    assert {(r[0], r[1]) for r in shown} == set(table)
-    for task, attention, accuracy, chance, switch, density, times in shown:
-        row = table[task, attention]
-
-        def rounds(text, exact, digits):
-            return all(
-                abs(float(a) - float(b)) <= 0.5001 * 10**-digits
-                for a, b in zip(
-                    re.findall(r"[\d.]+", text), re.findall(r"[\d.]+", exact), strict=True
-                )
+    table = {(line[0], line[1]): dict(zip(head, line, strict=True)) for line in lines}
+    rows = rows_of((ROOT / page).read_text(), 2 + len(columns))
+    shown = [row for row in rows if (row[0], row[1]) in table]
+    assert {(row[0], row[1]) for row in shown} == set(table)
+    for task, attention, *values in shown:
+        for column, value in zip(columns, values, strict=True):
+            exact = figures(table[task, attention][column])
+            assert figures(value) == pytest.approx(exact, abs=0.5001 * 10 ** -COLUMNS[column]), (
+                f"{page}: {column} of {task}, {attention}"
             )
-
-        assert rounds(accuracy, row["test accuracy (%)"], 1), (task, attention, accuracy)
-        assert rounds(chance, row["chance (%)"], 1), (task, chance)
-        assert rounds(times, row["ms a step"], 0), (task, times)
-        assert rounds(density, row["density"], 2), (task, density)
-        assert re.findall(r"\d+", switch) == re.findall(r"\d+", row["switch at step"])
 
 
 def kernel_table(path):
