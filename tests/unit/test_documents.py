@@ -75,20 +75,10 @@ def test_tables_of_the_readme_are_those_of_the_runs(page, source, columns):
             )
 
 
-def kernel_table(path):
-    """The lines of a record that holds the measurements of a csv."""
-    record = {
-        "machine": {"name": "", "threads": 1},
-        **dict.fromkeys(("clock", "rounds", "torch", "backend", "instruction_set"), ""),
-        **{"allocator": "", "load": 0.0},
-    }
-    return benchmark_report.markdown(record, pd.read_csv(path)).splitlines()
-
-
 @pytest.mark.parametrize(
     ("page", "source", "table"),
     [
-        ("kernels.md", "attention.csv", kernel_table),
+        ("kernels.md", "attention.csv", lambda f: benchmark_report.speed_tables(pd.read_csv(f))),
         ("training.md", "step.json", lambda f: step_benchmark.table(json.loads(f.read_text()))),
         ("scaling.md", "cost.json", lambda f: cost_benchmark.table(json.loads(f.read_text()))),
     ],

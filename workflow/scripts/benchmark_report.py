@@ -57,6 +57,14 @@ def markdown(record: dict, frame: pd.DataFrame) -> str:
         "Speed-ups are over torch's dense SDPA, times density; `**` reaches what we aim for, `*` "
         "what we ask for, `!` neither.",
         "",
+        *speed_tables(frame),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def speed_tables(frame: pd.DataFrame) -> list[str]:
+    """Lines of Markdown: the sparse calls, then the dense ones, with marks for what they reach."""
+    lines = [
         "| batch | length | block | density | forward+backward | forward | over gather + bmm, "
         "forward+backward | over FlexAttention, forward | half padded, time | largest error |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -108,7 +116,7 @@ def markdown(record: dict, frame: pd.DataFrame) -> str:
             f"{with_map:.2f}{'**' if with_map <= 0.9 else '*' if with_map <= 1.5 else '!'} | "
             f"{padded:.2f}{'*' if padded <= 0.45 else '!'} | {counted} |"
         )
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def svg(figure: Figure) -> str:
