@@ -166,6 +166,43 @@ def test_names_are_shown_as_they_are(tmp_path):
     assert f"{name}, run demo (generated data)" in texts(svg_of("accuracy", [run_dir], config))
 
 
+def cut_off(figure):
+    """The texts of a figure that leave its edges."""
+    with matplotlib.rc_context(figures.STYLE):
+        figure.draw_without_rendering()
+    left, right = figure.bbox.padded(1).intervalx
+    ticks = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    ticks = {label for axis in ticks for label in axis.get_ticklabels(which="both")}
+    found = {
+        text.get_text(): text.get_window_extent()
+        for text in figure.findobj(matplotlib.text.Text)
+        if text.get_text() and text not in ticks  # ticks beyond the limits are not drawn
+    }
+    assert found
+    return [words for words, box in found.items() if box.x0 < left or box.x1 > right]
+
+
+@pytest.mark.parametrize("name", figures.DRAWINGS)
+@pytest.mark.parametrize("attentions", [["softmax"], ["sat"]])
+def test_no_text_is_cut_off(name, attentions, tmp_path):
+    """One layer makes the narrowest figure of patterns; the names are longer than one line of it."""
+    task = "customer_tickets_of_the_second_half_of_the_year"
+    config = make_config(tasks=[task], attentions=attentions, seeds=[1], run="first_comparison")
+    metrics = make_metrics(
+        task, attentions[0], 1, switch=(150, "rule") if attentions == ["sat"] else None
+    )
+    metrics["run"] = config["run"]
+    run_dir = write_run(tmp_path, metrics)
+    runs = [one_layer(run) for run in figures.read_runs([run_dir], task, config)]
+    with matplotlib.rc_context(figures.STYLE):
+        figure = figures.DRAWINGS[name](runs, config)
+    assert cut_off(figure) == []
+
+
+def one_layer(run):
+    return run._replace(pattern=run.pattern[:1], pooled=run.pooled[:1])
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -315,3 +352,14 @@ def test_a_run_set_without_a_finished_run_still_has_figures(tmp_path):
     files = summary_figures.draw_figures(make_config(), {}, tmp_path)
     assert "No run is finished." in texts(files["summary.svg"])
     assert "No step was measured by Snakemake." in texts(files["preparation.svg"])
+
+
+@pytest.mark.parametrize("tasks", [["listops"], ["listops", "text", "image"]])
+def test_no_text_of_the_whole_run_set_is_cut_off(tasks, tmp_path, monkeypatch):
+    config = make_config(tasks=tasks, attentions=["softmax"], seeds=[1], run="first_comparison")
+    runs = {f"{t}/softmax/seed1": make_metrics(t, "softmax", 1, run=config["run"]) for t in tasks}
+    drawn = {}
+    monkeypatch.setattr(summary_figures, "both", drawn.update)
+    summary_figures.draw_figures(config, runs, tmp_path)
+    assert "summary" in drawn
+    assert {name: cut_off(figure) for name, figure in drawn.items()} == dict.fromkeys(drawn, [])

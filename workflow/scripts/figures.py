@@ -20,6 +20,7 @@ import io
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -208,6 +209,12 @@ def title(runs: list[Run]) -> str:
     return f"{metrics['task']}, run {metrics['run']} ({metrics['data']} data)"
 
 
+def fit(figure: Figure, text: str) -> str:
+    """The text with lines that a figure of this width holds, at 11 points: matplotlib cuts longer ones off."""
+    width = int(12.5 * figure.get_figwidth())
+    return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
+
+
 def mean_curve(curves: list[list[tuple[int, float]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps that all seeds were evaluated at, mean and standard deviation (n - 1) there.
 
@@ -283,7 +290,7 @@ def draw_curves(
 def new_figure(runs: list[Run]) -> tuple[Figure, matplotlib.axes.Axes]:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(title(runs), loc="left")
+    axes.set_title(fit(figure, title(runs)), loc="left")
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     return figure, axes
@@ -339,7 +346,7 @@ def draw_time(runs: list[Run], config: dict[str, Any]) -> Figure:
 def notice(runs: list[Run], text: str) -> Figure:
     """A figure that says why there is nothing to draw."""
     figure = Figure(figsize=(8, 2))
-    figure.text(0.5, 0.5, f"{title(runs)}\n\n{text}", ha="center", va="center")
+    figure.text(0.5, 0.5, fit(figure, f"{title(runs)}\n\n{text}"), ha="center", va="center")
     return figure
 
 
@@ -357,7 +364,8 @@ def draw_statistics(runs: list[Run], config: dict[str, Any]) -> Figure:
     if not shown:
         return notice(runs, "No run gathered statistics of its attention maps.")
     figure = Figure(figsize=(10, 0.6 + 2.8 * len(shown)), layout="constrained")
-    figure.suptitle(f"{title(runs)}: what the switch is decided by", fontsize=11)
+    words = f"{title(runs)}: what the switch is decided by"
+    figure.suptitle(fit(figure, words), fontsize=11)
     panels = figure.subplots(len(shown), 3, squeeze=False)
     for row, run in zip(panels, shown, strict=True):
         training = run.settings["training"]
@@ -412,19 +420,19 @@ def draw_pattern(runs: list[Run], config: dict[str, Any]) -> Figure:
     figure = Figure(
         figsize=(max(6, size * num_columns), 0.6 + (size + 0.9) * len(shown)), layout="constrained"
     )
-    figure.suptitle(
+    words = (
         f"{title(runs)}: mean attention map at the switch and selected blocks\n"
-        "map on a logarithmic scale, dark is much; rows that select no block are grey",
-        fontsize=11,
+        "map on a logarithmic scale, dark is much; rows that select no block are grey"
     )
+    figure.suptitle(fit(figure, words), fontsize=11)
     for subfigure, run in zip(np.atleast_1d(figure.subfigures(len(shown))), shown, strict=True):
         metrics = run.metrics
         size = metrics["pattern"]["block_size"]
-        subfigure.suptitle(
+        words = (
             f"{metrics['attention']}, seed {metrics['seed']}, from step "
-            f"{metrics['transition']['step']}, blocks of {size} × {size}",
-            fontsize=11,
+            f"{metrics['transition']['step']}, blocks of {size} × {size}"
         )
+        subfigure.suptitle(fit(figure, words), fontsize=11)
         panels = iter(subfigure.subplots(1, num_columns, squeeze=False)[0])
         for layer, mask in enumerate(run.pattern):
             if run.pooled:
@@ -454,7 +462,8 @@ def draw_mass(runs: list[Run], config: dict[str, Any]) -> Figure:
             runs, "No run with a dense phase switched: there is no map to hold a share of."
         )
     figure = Figure(figsize=(8, 0.9 + 2.4 * len(shown)), layout="constrained")
-    figure.suptitle(f"{title(runs)}: share of the attention map in the blocks kept", fontsize=11)
+    words = f"{title(runs)}: share of the attention map in the blocks kept"
+    figure.suptitle(fit(figure, words), fontsize=11)
     bars = {
         "best_mass": ("as many best blocks", COLOURS[4]),
         "mass": ("the blocks kept", COLOURS[0]),
