@@ -421,8 +421,8 @@ def draw_pattern(runs: list[Run], config: dict[str, Any]) -> Figure:
         figsize=(max(6, size * num_columns), 0.6 + (size + 0.9) * len(shown)), layout="constrained"
     )
     words = (
-        f"{title(runs)}: mean attention map at the switch and selected blocks\n"
-        "map on a logarithmic scale, dark is much; rows that select no block are grey"
+        f"{title(runs)}\nmean attention map at the switch and selected blocks\n"
+        "logarithmic shades, dark is much; grey rows select no block"
     )
     figure.suptitle(fit(figure, words), fontsize=11)
     for subfigure, run in zip(np.atleast_1d(figure.subfigures(len(shown))), shown, strict=True):
