@@ -133,25 +133,30 @@ def largest_micro_batch(
     return memory.largest_that_fits(most, limit, fixed, peak)[0]
 
 
-def chance(manifest: dict) -> float:
-    """Accuracy of always answering the most frequent class of test."""
-    counts = manifest["splits"]["test"]["label_counts"].values()
+def chance(manifest: dict, split: str) -> float:
+    """Accuracy of always answering the most frequent class of the split."""
+    counts = manifest["splits"][split]["label_counts"].values()
     return max(counts) / sum(counts)
 
 
-def baseline(task: str, splits: dict[str, data.Split]) -> float | None:
-    """ListOps: test accuracy of the most frequent answer to the root operator, as counted in train.
+def baseline(task: str, splits: dict[str, data.Split], split: str) -> float | None:
+    """ListOps: accuracy on the split of the most frequent answer to the root operator, as counted in train.
 
     Without it a ListOps accuracy says little: on the released data it is 37 %. None for other tasks.
     """
     if task != "listops":
         return None
-    train, test = splits["train"], splits["test"]
+    train, scored = splits["train"], splits[split]
     roots, labels = train.columns[0].first(), train.labels
     counts = np.zeros((int(roots.max()) + 1, int(labels.max()) + 1), dtype=np.int64)
     np.add.at(counts, (roots, labels), 1)
-    answers = counts[np.minimum(test.columns[0].first(), len(counts) - 1)].argmax(axis=1)
-    return float((answers == test.labels).mean())
+    answers = counts[np.minimum(scored.columns[0].first(), len(counts) - 1)].argmax(axis=1)
+    return float((answers == scored.labels).mean())
+
+
+def floors(task: str, manifest: dict, splits: dict[str, data.Split], split: str) -> dict:
+    """What an accuracy on the split has to exceed: {chance, baseline}."""
+    return {"chance": chance(manifest, split), "baseline": baseline(task, splits, split)}
 
 
 def settings_of(folder: Path) -> RunConfig:
@@ -256,8 +261,7 @@ def evaluate_run(
         "seed": config.seed,
         "data": manifest["data"],
         "phase": "dense" if masks is None else "sparse",
-        "chance": chance(manifest),
-        "baseline": baseline(config.task, splits),
+        **floors(config.task, manifest, splits, "test"),
         "confusion": confusion.tolist(),
         "batch_size": batch_size(config),
         "ms_per_batch": 1000 * seconds / turns(splits["test"], config, accelerator),

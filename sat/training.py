@@ -36,7 +36,7 @@ from sat import checkpoint, data, devices, folder_lock, interruption, memory, ru
 from sat.attention import selection
 from sat.attention.dropout import sequences_from
 from sat.config import RunConfig, digest
-from sat.evaluation import RUN_FILES, SEALED_FILES, baseline, batch_size, chance, evaluate
+from sat.evaluation import RUN_FILES, SEALED_FILES, batch_size, evaluate, floors
 from sat.interruption import Interrupted, Stop
 from sat.launch import is_main
 from sat.model import Classifier, loss_and_hits, num_parameters
@@ -577,8 +577,9 @@ def train(
                     check=stop.check,
                 )
         training.check_scored(test, splits["test"], "test", training.masks, unfinished.step)
-        test |= {"chance": chance(manifest), "baseline": baseline(config.task, splits)}
-        metrics = _metrics(training, unfinished, settings, manifest, test)
+        test |= floors(config.task, manifest, splits, "test")
+        dev = training.best | floors(config.task, manifest, splits, "dev")
+        metrics = _metrics(training, unfinished, settings, manifest, test, dev)
         if is_main():
             _write_results(training, unfinished, settings, metrics)
     say(
@@ -588,7 +589,12 @@ def train(
 
 
 def _metrics(
-    training: Training, unfinished: _Unfinished, settings: dict, manifest: dict, test: dict
+    training: Training,
+    unfinished: _Unfinished,
+    settings: dict,
+    manifest: dict,
+    test: dict,
+    dev: dict,
 ) -> dict:
     """What metrics.json holds."""
     config, accelerator = training.config, training.accelerator
@@ -603,7 +609,7 @@ def _metrics(
         "num_inputs": manifest["num_inputs"],
         "input": {key: manifest.get(key) for key in INPUT_KEYS},
         "test": test,
-        "dev": training.best,
+        "dev": dev,
         "transition_rule": config.transition.rule,
         "transition": training.transition,
         "switch": training.switch,
@@ -872,42 +878,50 @@ class Phase:
         device: torch.device,
         milliseconds: torch.Tensor | None = None,
         seconds: float = 0.0,
+        cpu_seconds: float = 0.0,
         peak: int = 0,
         ended: bool = False,
     ):
         self.device = device
         self.milliseconds: list[float] = [] if milliseconds is None else milliseconds.tolist()
-        self.peak, self.seconds, self.ended = peak, seconds, ended
-        self._started = time.perf_counter()
+        self.seconds, self.cpu_seconds, self.peak, self.ended = seconds, cpu_seconds, peak, ended
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
         if not ended:
             runtime.reset_peak_memory(device)
 
     def end(self) -> None:
         if not self.ended:
-            self.seconds, self.peak, self.ended = self._so_far() + (True,)
+            self.seconds, self.cpu_seconds, self.peak = self._so_far()
+            self.ended = True
 
-    def _so_far(self) -> tuple[float, int]:
+    def _so_far(self) -> tuple[float, float, int]:
         if self.ended:
-            return self.seconds, self.peak
-        elapsed = time.perf_counter() - self._started
-        return self.seconds + elapsed, max(self.peak, runtime.peak_memory(self.device))
+            return self.seconds, self.cpu_seconds, self.peak
+        return (
+            self.seconds + time.perf_counter() - self._started,
+            self.cpu_seconds + time.process_time() - self._cpu_started,
+            max(self.peak, runtime.peak_memory(self.device)),
+        )
 
     def state(self) -> dict:
-        seconds, peak = self._so_far()
+        seconds, cpu_seconds, peak = self._so_far()
         milliseconds = torch.tensor(self.milliseconds, dtype=torch.float64)
         return {
             "milliseconds": milliseconds,
             "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
             "peak": peak,
             "ended": self.ended,
         }
 
     def summary(self, accelerator: Accelerator) -> dict:
-        """Median milliseconds a step; seconds include the evaluations; memory is that of the process with most."""
+        """Median milliseconds a step; seconds include the evaluations on dev; CPU seconds are those of all threads and
+        processes; memory is that of the process with most."""
         return {
             "steps": len(self.milliseconds),
             "ms_per_step": statistics.median(self.milliseconds) if self.milliseconds else None,
             "seconds": self.seconds,
+            "cpu_seconds": devices.total(accelerator, self.cpu_seconds),
             "peak_memory_bytes": int(devices.largest(accelerator, self.peak)),
         }
 

@@ -479,7 +479,7 @@ def stable(path: Path) -> dict:
     """metrics.json without times, memory and what depends on them."""
     metrics = json.loads(path.read_text())
     for phase in filter(None, metrics["phases"].values()):
-        for key in ("ms_per_step", "seconds", "peak_memory_bytes"):
+        for key in ("ms_per_step", "seconds", "cpu_seconds", "peak_memory_bytes"):
             phase.pop(key)
     for key in ("training_seconds", "content_sha256", "files", "git_commit", "micro_batch"):
         metrics.pop(key, None)

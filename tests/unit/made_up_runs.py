@@ -59,6 +59,8 @@ def make_metrics(
             "accuracy": accuracy + 0.01,
             "loss": 1.4,
             "examples": 100,
+            "chance": 0.125,
+            "baseline": None,
             "step": 200,
             "phase": "sparse" if switch else "dense",
         },
@@ -99,6 +101,7 @@ def make_phase(ms_per_step: float, mib: int) -> dict[str, Any]:
         "steps": 150,
         "ms_per_step": ms_per_step,
         "seconds": 12.0,
+        "cpu_seconds": 20.0,
         "peak_memory_bytes": mib * 2**20,
     }
 

@@ -73,7 +73,7 @@ def without_volatile(metrics):
     metrics = json.loads(json.dumps(metrics))
     for phase in metrics["phases"].values():
         if phase:
-            for key in ("ms_per_step", "seconds", "peak_memory_bytes"):
+            for key in ("ms_per_step", "seconds", "cpu_seconds", "peak_memory_bytes"):
                 del phase[key]
     for key in ("training_seconds", "content_sha256"):
         del metrics[key]
@@ -551,10 +551,19 @@ def test_the_map_of_real_queries_is_a_mean_of_softmax_rows(folder, pooling):
 
 def test_listops_baseline_answers_by_the_root_operator(tmp_path):
     rows, labels = [[1, 5], [1, 6], [1, 7], [2, 5], [2, 9]], [3, 3, 4, 8, 8]
-    write_processed(tmp_path, "listops", {s: (rows, labels) for s in data.SPLITS})
-    _, splits = data.load(tmp_path)
-    assert evaluation.baseline("listops", splits) == 0.8
-    assert evaluation.baseline("text", splits) is None
+    write_processed(
+        tmp_path,
+        "listops",
+        {"train": (rows, labels), "dev": (rows[2:], labels[2:]), "test": (rows, labels)},
+    )
+    manifest, splits = data.load(tmp_path)
+    assert evaluation.floors("listops", manifest, splits, "test") == {
+        "chance": 0.4,
+        "baseline": 0.8,
+    }
+    dev = evaluation.floors("listops", manifest, splits, "dev")
+    assert dev == pytest.approx({"chance": 2 / 3, "baseline": 2 / 3})
+    assert evaluation.baseline("text", splits, "test") is None
 
 
 def test_patience_waits_for_a_switch_that_is_still_to_come(folder, tmp_path):

@@ -90,7 +90,13 @@ def one_of(*values: Any) -> tuple[str, Callable[[Any], bool]]:
     return (f"one of {', '.join(json.dumps(v) for v in values)}", lambda v: v in values)
 
 
-PHASE = {"steps": COUNT, "ms_per_step?": TIME, "seconds": TIME, "peak_memory_bytes": COUNT}
+PHASE = {
+    "steps": COUNT,
+    "ms_per_step?": TIME,
+    "seconds": TIME,
+    "cpu_seconds": TIME,
+    "peak_memory_bytes": COUNT,
+}
 METRICS = {
     "schema_version": (
         f"{SCHEMA_VERSION} (a run of another version must be trained again)",
@@ -108,7 +114,15 @@ METRICS = {
         "chance": SHARE,
         "baseline?": SHARE,
     },
-    "dev": {"accuracy": SHARE, "loss": NUMBER, "examples": COUNT, "step": COUNT, "phase": TEXT},
+    "dev": {
+        "accuracy": SHARE,
+        "loss": NUMBER,
+        "examples": COUNT,
+        "chance": SHARE,
+        "baseline?": SHARE,
+        "step": COUNT,
+        "phase": TEXT,
+    },
     "transition_rule": TEXT,
     "transition": {"step?": COUNT, "reason?": one_of(*REASONS)},
     "pattern?": {
@@ -309,11 +323,11 @@ def describe_switches(runs: list[dict[str, Any]]) -> str:
     return ", ".join(f"{r} {counts[r]}" for r in (*REASONS, "never") if r in counts)
 
 
-def chance_of(test: dict[str, Any]) -> tuple[str, float]:
+def chance_of(scored: dict[str, Any]) -> tuple[str, float]:
     """What an accuracy has to exceed, in words and percent: chance, or the baseline where that is larger."""
-    if (test["baseline"] or 0) > test["chance"]:
-        return "root operator alone", 100 * test["baseline"]
-    return "chance", 100 * test["chance"]
+    if (scored["baseline"] or 0) > scored["chance"]:
+        return "root operator alone", 100 * scored["baseline"]
+    return "chance", 100 * scored["chance"]
 
 
 def above_chance(runs: list[dict[str, Any]]) -> str:

@@ -297,7 +297,7 @@ def new_figure(runs: list[Run]) -> tuple[Figure, matplotlib.axes.Axes]:
 
 
 def mark_chance(axes: matplotlib.axes.Axes, runs: list[Run]) -> None:
-    words, level = chance_of(runs[0].metrics["test"])
+    words, level = chance_of(runs[0].metrics["dev"])
     axes.axhline(
         level, color="#555555", linestyle=":", linewidth=1.5, label=f"{words} ({level:.1f} %)"
     )
