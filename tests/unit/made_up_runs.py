@@ -85,7 +85,7 @@ def make_metrics(
             "sparse": make_phase(sparse_ms, 256) if switch else None,
         },
         "training_seconds": 30.0,
-        "device": {"type": "cpu", "name": "Test CPU", "threads": 2},
+        "device": {"type": "cpu", "name": "Test CPU", "threads": 2, "processes": 1},
         "backend": {"dense": "cpu", "sparse": "cpu"},
         "versions": {},
         "git_commit": "0" * 40,

@@ -119,6 +119,7 @@ def test_failed_runs_are_rows_in_every_table(tmp_path):
         ("system,task\n", "expected the columns"),
         ("{head}\na,listops,accuracy,high,,1,%,s,\n", "line 2: value, std or n is not a number"),
         ("{head}\na,listops,accuracy,1,,1,%,,\n", "line 2: a published figure needs its source"),
+        ("{head}\na,listops,accuracy,1,,1,%,s,one, two\n", "line 2: more values than columns"),
     ],
 )
 def test_a_wrong_published_figure_is_named(tmp_path, text, words):
@@ -150,17 +151,25 @@ def test_sat_continue_is_sat_with_another_learning_rate_after_the_switch():
 
 
 def test_ablation_finds_settings_nobody_foresaw(tmp_path):
-    config = make_config(attentions=["sat", "odd"], seeds=[1001])
-    runs = [make_metrics(attention=a, switch=(120, "rule")) for a in ("sat", "odd")]
-    folder = write_run(tmp_path, runs.pop())
-    settings = json.loads((folder / "config.json").read_text())
-    settings["training"]["skewness"] = 9.5
-    (folder / "config.json").write_text(json.dumps(settings))
-    seal_run(folder)
-    paths = [folder / "metrics.json", write_run(tmp_path, runs[0]) / "metrics.json"]
+    """Of a dense attention, those that a switch reads do not count."""
+    config = make_config(attentions=["softmax", "sat", "odd"], seeds=[1001])
+    paths = []
+    for attention in config["attentions"]:
+        switch = None if attention == "softmax" else (120, "rule")
+        folder = write_run(tmp_path, make_metrics(attention=attention, switch=switch))
+        paths.append(folder / "metrics.json")
+        settings = json.loads((folder / "config.json").read_text())
+        if attention != "sat":
+            settings["training"] |= {"skewness": 9.5, "warmup": 7}
+        (folder / "config.json").write_text(json.dumps(settings))
+        seal_run(folder)
     found = collect.read_runs(paths, config, tmp_path / "runs", False)
-    rows = compare.ablation_rows(found, collect.build_table(found, config), config)
-    assert rows[1]["other_differences"] == "training.skewness 9.5 (base 1.7)"
+    softmax, sat, odd = compare.ablation_rows(found, collect.build_table(found, config), config)
+    assert sat["other_differences"] is None
+    assert (
+        odd["other_differences"] == "training.warmup 7 (base 100); training.skewness 9.5 (base 1.7)"
+    )
+    assert softmax["other_differences"] == "training.warmup 7 (base 100)"
 
 
 def test_mass_of_the_attention_map_is_shown_where_training_tells_it(tmp_path):
@@ -172,15 +181,51 @@ def test_mass_of_the_attention_map_is_shown_where_training_tells_it(tmp_path):
     assert table.cells[0][table.headings.index("mass held (%)")] == "6.0 (20.0 / –)"
 
 
-def test_cost_adds_what_snakemake_measured(tmp_path):
-    for seed, cpu in ((1001, "20.0"), (1002, "NA"), (1003, "40.0")):
-        write_benchmark(tmp_path / f"benchmarks/train/listops/sat/seed{seed}.tsv", cpu=cpu)
+def test_cost_is_what_the_trainings_and_snakemake_measured(tmp_path):
+    # The second was interrupted: the job that ended it is shorter than the training.
+    for seed, seconds in ((1001, 34), (1002, 12.5), (1003, 36)):
+        write_benchmark(tmp_path / f"benchmarks/train/listops/sat/seed{seed}.tsv", seconds)
     _, rows, _ = made(tmp_path, RUNS, CONFIG)["cost"]
     softmax, sat = rows
-    assert sat["cpu_seconds_mean"] == 30 and sat["job_seconds_mean"] == 12.5
-    assert sat["gpu_seconds_mean"] is None and softmax["cpu_seconds_mean"] is None
+    assert sat["cpu_seconds_mean"] == 40 and sat["job_seconds_mean"] == 35  # 20 s a phase
+    assert softmax["cpu_seconds_mean"] == 20 and softmax["job_seconds_mean"] is None
+    assert sat["gpu_seconds_mean"] is softmax["gpu_seconds_mean"] is None
     assert sat["dense_steps_per_second"] == 12.5 and sat["sparse_steps_per_second"] == 50
     assert softmax["sparse_steps_per_second"] is None
+
+
+def test_gpu_seconds_count_every_gpu(tmp_path):
+    device = {"type": "cuda", "name": "Test GPU", "threads": 2, "processes": 4}
+    runs = seeds_of("softmax", (0.40,), device=device)
+    (table,), (row,), _ = made(tmp_path, runs, make_config(attentions=["softmax"], seeds=[1001]))[
+        "cost"
+    ]
+    assert row["gpu_seconds_mean"] == 4 * 30
+    assert "4 × Test GPU (cuda, 2 threads)" in table.title
+
+
+def test_a_job_too_short_to_be_seen_has_no_memory(tmp_path):
+    """Snakemake's first look finds the shell alone."""
+    write_benchmark(tmp_path / "benchmarks/extract.tsv", 0.5, "0.0", "2.1")
+    (row,) = compare.preparation_rows(tmp_path / "benchmarks")
+    assert row == {"step": "extract", "seconds": 0.5, "cpu_seconds": None, "peak_memory_mib": None}
+
+
+def test_every_table_of_generated_data_says_so(tmp_path):
+    all_made = made(tmp_path, RUNS, CONFIG)
+    for name in ("ablation", "cost"):
+        assert "Generated data: these are not" in all_made[name][0][0].title
+
+
+def test_a_speed_up_has_its_own_caveat(tmp_path):
+    runs = seeds_of("sat", (0.4,), switch=(120, "rule"))
+    runs[0]["test"]["baseline"] = 0.2
+    _, rows, _ = made(tmp_path, runs, make_config(attentions=["sat"], seeds=[1001]))["published"]
+    caveats = {row["metric"]: row["caveat"] for row in rows if row["ours"]}
+    assert caveats == {
+        compare.ACCURACY: "root operator alone 20.00 %",
+        compare.SPEED_UP: "the dense step also gathers what the switch needs",
+    }
 
 
 def test_preparation_in_the_order_of_the_data(tmp_path):

@@ -291,6 +291,22 @@ def test_statistics_of_thousands_of_steps_are_medians(tmp_path):
     assert len(figures.to_svg(figure)) < 120_000
 
 
+def test_one_step_below_the_threshold_is_seen_among_thousands(tmp_path):
+    config = make_config(attentions=["sat"], seeds=[1])
+    run_dir = write_run(
+        tmp_path, make_metrics(attention="sat", seed=1, switch=(4000, "rule")), num_steps=6000
+    )
+    lines = [json.loads(line) for line in (run_dir / "history.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line.get("change"):
+            line["change"] = [1.04 if line["step"] == 3000 else 50.0, None]
+    (run_dir / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seal_run(run_dir)
+    change = draw_one("statistics", [run_dir], config).axes[2]
+    (band, _), line = change.collections, change.lines[0]
+    assert min(line.get_ydata()) == 50 and band.get_paths()[0].vertices[:, 1].min() == 1.04
+
+
 def test_time_counts_training_alone(run_dirs):
     figure = draw_one("time", run_dirs[3:], make_config())
     seconds = figure.axes[0].lines[0].get_xdata()

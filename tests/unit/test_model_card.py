@@ -33,6 +33,11 @@ def test_the_best_on_dev_is_taken_whole(tmp_path):
     assert "a" * 64 in card and "**Trained and tested on generated data**" in card
 
 
+def test_the_card_of_one_seed_compares_with_none(tmp_path):
+    card = model_card.make_card(write_seeds(tmp_path)[0], [make_metrics(attention="sat")], tmp_path)
+    assert "This is seed 1, the only one." in card and "all of them" not in card
+
+
 def test_the_metadata_are_yaml_in_the_form_of_the_hub(tmp_path):
     dirs = write_seeds(tmp_path)
     model_card.main([*map(str, dirs), "--output-dir", str(tmp_path / "out")])

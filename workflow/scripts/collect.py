@@ -136,7 +136,7 @@ METRICS = {
     "num_steps": COUNT,
     "phases": {"dense?": PHASE, "sparse?": PHASE},
     "training_seconds": TIME,
-    "device": {"type": TEXT, "name": TEXT, "threads": COUNT},
+    "device": {"type": TEXT, "name": TEXT, "threads": COUNT, "processes": COUNT},
     "config_sha256": TEXT,
     "data_sha256": TEXT,
     "options": [TEXT],
@@ -311,8 +311,11 @@ def ordered_tasks(tasks: Iterable[str]) -> list[str]:
 
 
 def describe_device(device: dict[str, Any]) -> str:
-    threads = device["threads"]
-    return f"{device['name']} ({device['type']}, {threads} thread{'s' if threads > 1 else ''})"
+    threads, processes = device["threads"], device["processes"]
+    times = f"{processes} × " if processes > 1 else ""
+    return (
+        f"{times}{device['name']} ({device['type']}, {threads} thread{'s' if threads > 1 else ''})"
+    )
 
 
 def describe_switches(runs: list[dict[str, Any]]) -> str:
@@ -517,7 +520,11 @@ DISPLAY: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 SHORT = ("task", "attention", "test accuracy (%)", "switch at step", "speed-up", "peak MiB")
 SHORT_NOTE = (
     "Test accuracy: mean ± standard deviation over the seeds, the best of a task in bold. Speed-up: dense over "
-    "sparse time a training step. Peak MiB: dense phase / sparse phase."
+    "sparse time a training step of the same run, whose dense phase also gathers what the switch needs. Peak MiB: "
+    "dense phase / sparse phase."
+)
+MEMORY_NOTE = (
+    "Peak MiB: on a CPU resident memory of the whole process, on a GPU what torch has allocated."
 )
 NOTES = (
     "Test accuracy: mean ± standard deviation over the seeds (n − 1; none for one seed), every "
@@ -537,7 +544,9 @@ NOTES = (
     "of the seeds. Speed-up: dense over sparse time a step of the same run, a whole training step "
     "and not attention alone; the dense phase of a run that may switch also gathers what the "
     "switch needs.",
-    "Steps × batch: optimiser steps (mean over the seeds, which may stop early) and sequences in each.",
+    MEMORY_NOTE,
+    "Steps × batch: optimiser steps (mean over the seeds, which may stop early) and sequences in each. Training: with "
+    "the evaluations on dev.",
     "Times and memory vary from run to run; all else is the same for the same seeds and machine.",
 )
 

@@ -31,6 +31,7 @@ import tables
 from collect import (
     COLUMNS,
     DISPLAY,
+    MEMORY_NOTE,
     add_run_arguments,
     build_table,
     caption,
@@ -53,6 +54,18 @@ ABLATED = {
     "learning rate after": ("transition", "learning_rate"),
 }
 METHOD = ("transition", "pattern", "model", "training")  # blocks in which attentions may differ
+# What only the switch and what follows it read: it sets no dense attention apart.
+OF_THE_SWITCH = (
+    "transition.",
+    "pattern.",
+    "model.block_size",
+    "model.density",
+    "training.attn_loss_scale",
+    "training.distance",
+    "training.num_dense_train_steps",
+    "training.num_init_steps",
+    "training.skewness",
+)
 
 PUBLISHED_COLUMNS = {
     "task": "",
@@ -107,7 +120,6 @@ COST_COLUMNS = {
     "sparse_steps_per_second": ".3f",
     "dense_peak_memory_max_mib": ".1f",
     "sparse_peak_memory_max_mib": ".1f",
-    "job_peak_memory_max_mib": ".1f",
 }
 PREPARATION_COLUMNS = {
     "step": "",
@@ -134,6 +146,10 @@ def read_published(path: Path) -> list[dict[str, Any]]:
                 row["n"] = int(row["n"]) if row["n"] else None
             except (TypeError, ValueError):
                 raise ValueError(f"{path}: line {line}: value, std or n is not a number") from None
+            if None in row:
+                raise ValueError(
+                    f"{path}: line {line}: more values than columns; put a value with a comma in quotes"
+                )
             if not row["source"]:
                 raise ValueError(f"{path}: line {line}: a published figure needs its source")
             rows.append(row)
@@ -168,24 +184,26 @@ def published_rows(
     for row in rows:
         baseline = row["baseline_percent"]
         caveats = [row["options"], baseline and f"root operator alone {baseline:.2f} %"]
+        of_speed_up = [row["options"], "the dense step also gathers what the switch needs"]
         common = {
             "task": row["task"],
             "data": kinds.get(row["task"], "unknown"),
             "system": row["attention"],
             "ours": "ours",
             "source": f"run {run}",
-            "caveat": "; ".join(filter(None, caveats)) or None,
             "status": row["status"],
             "failures": row["failures"],
             "num_seeds": row["num_seeds"],
         }
         accuracy = {"metric": ACCURACY, "unit": "%", "n": row["num_seeds"]}
         accuracy |= {
+            "caveat": "; ".join(filter(None, caveats)) or None,
             "value": row["test_accuracy_mean_percent"],
             "sd": row["test_accuracy_sd_percent"],
         }
         speed_up = {"metric": SPEED_UP, "unit": "x", "n": row["num_seeds"], "sd": None}
         speed_up |= {"value": row["speed_up_median"]}
+        speed_up |= {"caveat": "; ".join(filter(None, of_speed_up))}
         found.append(common | accuracy)
         found += [common | speed_up] if speed_up["value"] is not None else []
     metrics = list(dict.fromkeys(row["metric"] for row in found))
@@ -204,8 +222,11 @@ def published_rows(
 def value_text(row: dict[str, Any]) -> str:
     if row["value"] is None:
         return row["status"]
+    spec = (
+        ".2f" if row["ours"] or row["unit"] == "%" else "g"
+    )  # not more digits than the source has
     sd = "" if row["sd"] is None else f" ± {row['sd']:.2f}"
-    return f"{row['value']:.2f}{sd} {row['unit']}"
+    return f"{row['value']:{spec}}{sd} {row['unit']}"
 
 
 def published_tables(rows: list[dict[str, Any]], run: str) -> list[tables.Table]:
@@ -219,8 +240,9 @@ def published_tables(rows: list[dict[str, Any]], run: str) -> list[tables.Table]
         "source": ("l", lambda r: r["source"]),
         "caveat": ("l", lambda r: r["caveat"] or "–"),
     }
+    ours_too = any(row["ours"] and row["data"] == "released" for row in rows)
     texts = {
-        "released": f"Published figures and those of run {run} on released data, best first.",
+        "released": f"Published figures{f' and those of run {run}' if ours_too else ''} on released data, best first.",
         "generated": f"Run {run} on generated data: not the data of the published figures, and not to be ranked with "
         "them.",
         "own": f"Run {run} on data of one's own: nothing published to compare with.",
@@ -319,7 +341,9 @@ def ablation_rows(
             others = [
                 f"{key} {method[key]} (base {base_method.get(key)})"
                 for key in method
-                if key not in named and method[key] != base_method.get(key)
+                if key not in named
+                and method[key] != base_method.get(key)
+                and not (dense and key.startswith(OF_THE_SWITCH))
             ]
             differences = [
                 100 * (run["test"]["accuracy"] - by_seed[run["seed"]]["test"]["accuracy"])
@@ -338,7 +362,7 @@ def ablation_rows(
                         else str(method[".".join(path)])
                         for heading, path in ABLATED.items()
                     },
-                    "other_differences": "; ".join(others) if not dense else None,
+                    "other_differences": "; ".join(others) or None,
                     "difference_percent": statistics.fmean(differences) if differences else None,
                     "difference_95_low_percent": low,
                     "difference_95_high_percent": high,
@@ -387,7 +411,7 @@ def failed_text(rows: list[dict[str, Any]]) -> str:
     return f" Failed: {', '.join(failed)}." if failed else ""
 
 
-def ablation_table(rows: list[dict[str, Any]], run: str, failed: str) -> tables.Table:
+def ablation_table(rows: list[dict[str, Any]], head: str) -> tables.Table:
     bases = {row["task"]: row for row in rows if row["attention"] == row["base"]}
 
     def differs(i: int, heading: str) -> bool:
@@ -423,7 +447,7 @@ def ablation_table(rows: list[dict[str, Any]], run: str, failed: str) -> tables.
         "Mass held: share of the mean attention map that lies in the selected blocks, mean over layers and seeds "
         "(in the best blocks of the same number / in as many random ones).",
     )
-    return tables.make_table(f"Run {run}: ablations.{failed}", columns, rows, differs, notes)
+    return tables.make_table(f"Ablations. {head}", columns, rows, differs, notes)
 
 
 # ---------------------------------------------------------------- cost
@@ -432,7 +456,8 @@ def ablation_table(rows: list[dict[str, Any]], run: str, failed: str) -> tables.
 def read_benchmark(path: Path) -> dict[str, float | None] | None:
     """{seconds, cpu_seconds, peak_memory_mib} of a job, as Snakemake measured it; None where there is no file.
 
-    A value is None where Snakemake has none: a job of less than its first look.
+    CPU time and memory are what Snakemake saw when it last looked (every half second, after 15 s every 30 s): None of a
+    job of less than a second, of which it may have seen the shell alone.
     """
     if not path.is_file():
         return None
@@ -447,10 +472,11 @@ def read_benchmark(path: Path) -> dict[str, float | None] | None:
         except (KeyError, TypeError, ValueError):  # "-" or "NA"
             return None
 
+    seen = (value("s") or 0) >= 1
     return {
         "seconds": value("s"),
-        "cpu_seconds": value("cpu_time"),
-        "peak_memory_mib": value("max_rss"),
+        "cpu_seconds": value("cpu_time") if seen else None,
+        "peak_memory_mib": value("max_rss") if seen else None,
     }
 
 
@@ -465,24 +491,37 @@ def cost_rows(
             for name, run in runs.items()
             if (run["task"], run["attention"]) == (row["task"], row["attention"])
         ]
-        jobs = [read_benchmark(benchmarks / "train" / f"{name}.tsv") for name, _ in group]
+        cpu = [
+            sum(phase["cpu_seconds"] for phase in run["phases"].values() if phase)
+            for _, run in group
+        ]
         gpu = [
-            run["training_seconds"] for _, run in group if run["device"]["type"].startswith("cuda")
+            run["training_seconds"] * run["device"]["processes"]
+            for _, run in group
+            if run["device"]["type"].startswith("cuda")
+        ]
+        jobs = [
+            job_seconds(read_benchmark(benchmarks / "train" / f"{name}.tsv"), run)
+            for name, run in group
         ]
         result.append(
             {key: row[key] for key in COST_COLUMNS if key in COLUMNS}
             | {
-                "cpu_seconds_mean": mean_known([j and j["cpu_seconds"] for j in jobs]),
+                "cpu_seconds_mean": mean_known(cpu),
                 "gpu_seconds_mean": mean_known(gpu),
-                "job_seconds_mean": mean_known([j and j["seconds"] for j in jobs]),
+                "job_seconds_mean": mean_known(jobs),
                 "dense_steps_per_second": per_second(row["dense_ms_per_step_median"]),
                 "sparse_steps_per_second": per_second(row["sparse_ms_per_step_median"]),
-                "job_peak_memory_max_mib": max(
-                    (j["peak_memory_mib"] for j in jobs if j and j["peak_memory_mib"]), default=None
-                ),
             }
         )
     return result
+
+
+def job_seconds(job: dict[str, float | None] | None, run: dict[str, Any]) -> float | None:
+    """Seconds of the job that made the run; None without one, or when it made only the end of the run."""
+    if not job or not job["seconds"] or job["seconds"] < run["training_seconds"]:
+        return None
+    return job["seconds"]
 
 
 def mean_known(values: list[float | None]) -> float | None:
@@ -511,13 +550,13 @@ def cost_table(rows: list[dict[str, Any]], head: str) -> tables.Table:
             "r",
             lambda r: pair(r, "dense_peak_memory_max_mib", "sparse_peak_memory_max_mib", ".0f"),
         ),
-        "job's peak MiB": ("r", lambda r: number(r["job_peak_memory_max_mib"], ",.0f")),
     }
     notes = (
         "Means over the seeds; steps a second and peak MiB: dense phase / sparse phase, the largest peak of the seeds.",
-        "CPU seconds, whole job and job's peak are Snakemake's measurements of the job, with start, evaluations and "
-        "test; – where the run was not made by a job, and CPU seconds of an interrupted run are those of its last "
-        "attempt. GPU seconds: training time on the GPU.",
+        "Training: with the evaluations on dev, over all attempts of a run that was interrupted. CPU seconds: of all "
+        "threads and processes in that time. GPU seconds: training times the number of GPUs. Whole job: Snakemake's "
+        "measurement, with start and test; – of a run that no one job made from start to end.",
+        MEMORY_NOTE,
     )
     return tables.make_table(f"What the trainings cost. {head}", columns, rows, notes=notes)
 
@@ -555,8 +594,8 @@ def preparation_table(rows: list[dict[str, Any]]) -> tables.Table:
         "peak MiB": ("r", lambda r: number(r["peak_memory_mib"], ",.0f")),
     }
     notes = (
-        "As Snakemake measured each job; its first look at memory and CPU time is after the start, "
-        "so a very short job has none.",
+        "As Snakemake measured each job. Memory and CPU seconds are at least so much: it looks every half second, "
+        "after 15 seconds every 30; a job of less than a second has none.",
     )
     title = "What came before the trainings cost."
     return tables.make_table(title, columns, rows, notes=notes)
@@ -579,14 +618,15 @@ def make_tables(
     ablation = ablation_rows(runs, rows, config)
     cost = cost_rows(runs, rows, benchmarks)
     before = preparation_rows(benchmarks)
+    head = " ".join(caption(rows, run))
     return {
         "published": (published_tables(beside, run), beside, PUBLISHED_COLUMNS),
         "ablation": (
-            [ablation_table(ablation, run, failed_text(rows))],
+            [ablation_table(ablation, head + failed_text(rows))],
             ablation,
             ABLATION_COLUMNS,
         ),
-        "cost": ([cost_table(cost, " ".join(caption(rows, run)))], cost, COST_COLUMNS),
+        "cost": ([cost_table(cost, head)], cost, COST_COLUMNS),
         "preparation": ([preparation_table(before)], before, PREPARATION_COLUMNS),
     }
 

@@ -235,15 +235,17 @@ def look(attention: str, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most MOST_POINTS points of a line x [n], y [n, ...]: medians of stretches of equal length."""
+def thin(
+    x: np.ndarray, y: np.ndarray, middle: Callable[..., np.ndarray] = np.median
+) -> tuple[np.ndarray, np.ndarray]:
+    """At most MOST_POINTS points of a line x [n], y [n, ...]: `middle`s of y over stretches of equal length."""
     if len(x) <= MOST_POINTS:
         return x, y
     edges = np.linspace(0, len(x), MOST_POINTS + 1).astype(int)
     parts = list(zip(edges[:-1], edges[1:], strict=True))
     return (
         np.array([np.median(x[a:b]) for a, b in parts]),
-        np.array([np.median(y[a:b], axis=0) for a, b in parts]),
+        np.array([middle(y[a:b], axis=0) for a, b in parts]),
     )
 
 
@@ -373,11 +375,25 @@ def draw_statistics(runs: list[Run], config: dict[str, Any]) -> Figure:
         for axes, name in zip(row, STATISTICS, strict=True):
             if name in run.history.statistics:
                 steps, values = thin(*run.history.statistics[name])
+                low, high = (
+                    thin(*run.history.statistics[name], f)[1]
+                    for f in (np.fmin.reduce, np.fmax.reduce)
+                )
                 for layer in range(values.shape[1]):
+                    colour = COLOURS[layer % len(COLOURS)]
+                    if name == "change":  # one step below the threshold is enough for the switch
+                        axes.fill_between(
+                            steps,
+                            low[:, layer],
+                            high[:, layer],
+                            color=colour,
+                            alpha=0.15,
+                            linewidth=0,
+                        )
                     axes.plot(
                         steps,
                         values[:, layer],
-                        color=COLOURS[layer % len(COLOURS)],
+                        color=colour,
                         linestyle=LINE_STYLES[layer % len(LINE_STYLES)],
                         linewidth=1.2,
                         label=f"layer {layer + 1}",

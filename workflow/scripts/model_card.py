@@ -125,13 +125,20 @@ def make_card(folder: Path, all_metrics: list[dict[str, Any]], output_dir: Path)
             ("dev, of the checkpoint", metrics["dev"]),
         )
     )
+    seeds = f"This is seed {metrics['seed']}, the only one."
+    if len(all_metrics) > 1:
+        seeds = (
+            f"This is seed {metrics['seed']}, the best on dev of {len(all_metrics)}; all of them together reach\n"
+            f"{accuracy_text(row)} % on test."
+        )
+    layers = f"{model['num_layers']} layer{'s' if model['num_layers'] > 1 else ''}"
     example = EXAMPLES[input_kind(metrics)]
     return f"""---
 {front_matter(metrics, name)}---
 
 # {metrics["task"]} with {metrics["attention"]} attention
 
-A Transformer classifier of {metrics["num_parameters"]:,} parameters ({model["num_layers"]} layers, width
+A Transformer classifier of {metrics["num_parameters"]:,} parameters ({layers}, width
 {model["transformer_dim"]}, {model["num_head"]} heads), trained by sat-lra. {phase}
 {warning}
 ## Use
@@ -151,8 +158,7 @@ or `python -m sat.predict {output_dir} FILE`. Inputs are encoded as the preproce
 | | accuracy (%) | loss (nats) | examples |
 |---|---:|---:|---:|
 {results}
-Chance is {chance}. This is seed {metrics["seed"]}, the best on dev of {len(all_metrics)}; all of them together reach
-{accuracy_text(row)} % on test.
+Chance is {chance}. {seeds}
 
 ## Training
 
