@@ -75,6 +75,12 @@ def test_tables_of_the_readme_are_those_of_the_runs(page, source, columns):
             )
 
 
+@pytest.mark.parametrize("page", READMES)
+def test_the_demo_took_what_was_measured(page):
+    minutes, seconds = divmod(json.loads((ROOT / "docs/demo/time.json").read_text())["seconds"], 60)
+    assert re.search(rf"\b{minutes} (?:min|分) {seconds} (?:s|秒)", (ROOT / page).read_text())
+
+
 @pytest.mark.parametrize(
     ("page", "source", "table"),
     [
