@@ -76,6 +76,32 @@ def test_tables_of_the_readme_are_those_of_the_runs(page, source, columns):
 
 
 @pytest.mark.parametrize("page", READMES)
+def test_findings_on_listops_are_those_of_the_metrics(page):
+    runs = {}
+    for path in sorted((ROOT / "results/reference/runs/listops").glob("*/*/metrics.json")):
+        metrics = json.loads(path.read_text())
+        runs.setdefault(metrics["attention"], []).append(metrics)
+    text = (ROOT / page).read_text()
+    (part,) = re.findall(r"\*\*[^*]*ListOps[^*]*\*\*(.*?)\*\*Pathfinder\*\*", text, flags=re.S)
+    said = figures(part)
+
+    def claim(values, digits):
+        for value in (min(values), max(values)):
+            near = [x for x in said if abs(x - value) <= 0.5001 * 10**-digits]
+            assert near, f"{page} does not say {value:.{digits}f}"
+
+    for attention, group in runs.items():
+        claim([100 * m["test"]["accuracy"] for m in group], 1)
+        claim([100 * m["test"]["baseline"] for m in group], 1)
+        if attention != "softmax":
+            claim([m["transition"]["step"] for m in group], 0)
+            claim([100 * m["switch"][k]["accuracy"] for m in group for k in m["switch"]], 1)
+            claim([rows for m in group for rows in m["pattern"]["empty_rows"]], 0)
+            for key in ("mass", "best_mass", "random_mass"):
+                claim([100 * share for m in group for share in m["pattern"][key]], 0)
+
+
+@pytest.mark.parametrize("page", READMES)
 def test_the_demo_took_what_was_measured(page):
     minutes, seconds = divmod(json.loads((ROOT / "docs/demo/time.json").read_text())["seconds"], 60)
     assert re.search(rf"\b{minutes} (?:min|分) {seconds} (?:s|秒)", (ROOT / page).read_text())
