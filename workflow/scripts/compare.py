@@ -195,17 +195,25 @@ def published_rows(
             "failures": row["failures"],
             "num_seeds": row["num_seeds"],
         }
-        accuracy = {"metric": ACCURACY, "unit": "%", "n": row["num_seeds"]}
-        accuracy |= {
-            "caveat": "; ".join(filter(None, caveats)) or None,
+        accuracy = {
+            "metric": ACCURACY,
+            "unit": "%",
+            "n": row["num_seeds"],
             "value": row["test_accuracy_mean_percent"],
             "sd": row["test_accuracy_sd_percent"],
+            "caveat": "; ".join(filter(None, caveats)) or None,
         }
-        speed_up = {"metric": SPEED_UP, "unit": "x", "n": row["num_seeds"], "sd": None}
-        speed_up |= {"value": row["speed_up_median"]}
-        speed_up |= {"caveat": "; ".join(filter(None, of_speed_up))}
         found.append(common | accuracy)
-        found += [common | speed_up] if speed_up["value"] is not None else []
+        if row["speed_up_median"] is not None:
+            speed_up = {
+                "metric": SPEED_UP,
+                "unit": "x",
+                "n": row["num_seeds"],
+                "value": row["speed_up_median"],
+                "sd": None,
+                "caveat": "; ".join(filter(None, of_speed_up)),
+            }
+            found.append(common | speed_up)
     metrics = list(dict.fromkeys(row["metric"] for row in found))
     metrics.sort(key=lambda metric: metric != ACCURACY)
 

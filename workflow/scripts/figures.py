@@ -215,6 +215,10 @@ def fit(figure: Figure, text: str) -> str:
     return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
 
 
+def head(figure: Figure, text: str) -> None:
+    figure.suptitle(fit(figure, text), fontsize=11)
+
+
 def mean_curve(curves: list[list[tuple[int, float]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps that all seeds were evaluated at, mean and standard deviation (n - 1) there.
 
@@ -366,8 +370,7 @@ def draw_statistics(runs: list[Run], config: dict[str, Any]) -> Figure:
     if not shown:
         return notice(runs, "No run gathered statistics of its attention maps.")
     figure = Figure(figsize=(10, 0.6 + 2.8 * len(shown)), layout="constrained")
-    words = f"{title(runs)}: what the switch is decided by"
-    figure.suptitle(fit(figure, words), fontsize=11)
+    head(figure, f"{title(runs)}: what the switch is decided by")
     panels = figure.subplots(len(shown), 3, squeeze=False)
     for row, run in zip(panels, shown, strict=True):
         training = run.settings["training"]
@@ -375,29 +378,23 @@ def draw_statistics(runs: list[Run], config: dict[str, Any]) -> Figure:
         for axes, name in zip(row, STATISTICS, strict=True):
             if name in run.history.statistics:
                 steps, values = thin(*run.history.statistics[name])
-                low, high = (
-                    thin(*run.history.statistics[name], f)[1]
-                    for f in (np.fmin.reduce, np.fmax.reduce)
-                )
                 for layer in range(values.shape[1]):
-                    colour = COLOURS[layer % len(COLOURS)]
-                    if name == "change":  # one step below the threshold is enough for the switch
-                        axes.fill_between(
-                            steps,
-                            low[:, layer],
-                            high[:, layer],
-                            color=colour,
-                            alpha=0.15,
-                            linewidth=0,
-                        )
                     axes.plot(
                         steps,
                         values[:, layer],
-                        color=colour,
+                        color=COLOURS[layer % len(COLOURS)],
                         linestyle=LINE_STYLES[layer % len(LINE_STYLES)],
                         linewidth=1.2,
                         label=f"layer {layer + 1}",
                     )
+                if name == "change":  # one step below the threshold is enough for the switch
+                    ends = [
+                        thin(*run.history.statistics[name], end)[1]
+                        for end in (np.fmin.reduce, np.fmax.reduce)
+                    ]
+                    for layer, (low, high) in enumerate(zip(*(e.T for e in ends), strict=True)):
+                        colour = COLOURS[layer % len(COLOURS)]
+                        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
                 if name == "change" and np.nanmax(values, initial=0) > 0:
                     axes.set_yscale("log")
                     axes.yaxis.set_major_formatter("{x:g}")  # 10^-1 would need parsed math
@@ -436,11 +433,11 @@ def draw_pattern(runs: list[Run], config: dict[str, Any]) -> Figure:
     figure = Figure(
         figsize=(max(6, size * num_columns), 0.6 + (size + 0.9) * len(shown)), layout="constrained"
     )
-    words = (
+    head(
+        figure,
         f"{title(runs)}\nmean attention map at the switch and selected blocks\n"
-        "logarithmic shades, dark is much; grey rows select no block"
+        "logarithmic shades, dark is much; grey rows select no block",
     )
-    figure.suptitle(fit(figure, words), fontsize=11)
     for subfigure, run in zip(np.atleast_1d(figure.subfigures(len(shown))), shown, strict=True):
         metrics = run.metrics
         size = metrics["pattern"]["block_size"]
@@ -478,8 +475,7 @@ def draw_mass(runs: list[Run], config: dict[str, Any]) -> Figure:
             runs, "No run with a dense phase switched: there is no map to hold a share of."
         )
     figure = Figure(figsize=(8, 0.9 + 2.4 * len(shown)), layout="constrained")
-    words = f"{title(runs)}: share of the attention map in the blocks kept"
-    figure.suptitle(fit(figure, words), fontsize=11)
+    head(figure, f"{title(runs)}: share of the attention map in the blocks kept")
     bars = {
         "best_mass": ("as many best blocks", COLOURS[4]),
         "mass": ("the blocks kept", COLOURS[0]),
